@@ -1,0 +1,112 @@
+"""The exact chunk-parallel form: a chunk's tokens at once, for a memory of any depth (README.md, section 2)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from titans.memory.gates import ChunkMasks, chunk_masks
+from titans.memory.network import MemoryMLP
+from titans.memory.pieces import Cut, Piece
+from titans.memory.state import MemoryState
+
+Tensors = Sequence[Tensor]
+
+
+def chunked(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, affine: Tensors, network: MemoryMLP,
+    state: MemoryState, lengths: Tensor | None,
+) -> tuple[Tensor, MemoryState, Tensor, Tensor]:  # fmt: skip
+    """Reads and writes chunk by chunk; nothing of size [tokens, d_in, d_out] ever exists.
+
+    Args:
+        q, k, v: [B, T, H, D], real tokens to the left.
+        gates: [B, T, H, 3] = (lr, log_momentum, log_retention), in the state's dtype.
+        affine: gain and bias [H, D] of the norm, or ().
+        lengths: [B], real tokens of each row; None: T in every row.
+
+    Returns:
+        out [B, T, H, D], the state after the last token, surprise (norm of the gradient) and loss, both [B, T, H].
+    """
+    B, T, H, _ = q.shape
+    C, L, dtype = state.chunk_size, network.depth, q.dtype
+    G = B * H  # every memory by itself: [B, T, H, ...] becomes [G, T, ...]
+
+    cut = Cut(state.position.repeat_interleave(H), None if lengths is None else lengths.repeat_interleave(H), T, C)
+    split = [cut.split(x.transpose(1, 2).flatten(0, 1)) for x in (q, k, v, gates)]
+    weights, momentum = [w.flatten(0, 1) for w in state.weights], [s.flatten(0, 1) for s in state.momentum]
+    start = [h.flatten(0, 1) for h in (*state.inputs, *state.signals, state.gates)]
+    held: list[Tensor | None] = list(start)  # the open chunk; None stands for zeros
+    norm = (affine[0].repeat(B, 1).unsqueeze(1), affine[1].repeat(B, 1).unsqueeze(1)) if affine else None
+
+    outs, surprises, losses = [], [], []
+    for piece, q_, k_, v_, gates_ in zip(cut.pieces, *split, strict=True):
+        operands = [w.to(dtype) for w in weights]
+        x, d, loss = network.trace(operands, norm, k_, v_)
+        surprises.append(_surprise(x, d, loss.dtype))
+        losses.append(loss)
+        held = [piece.place(new, old, C) for new, old in zip((*x, *d, gates_), held, strict=True)]
+        x, d, masks = held[:L], held[L:-1], chunk_masks(held[-1])
+        read = _dual(operands, [s.to(dtype) for s in momentum], x, d, masks, piece)
+        outs.append(network.forward(q_, read, norm))
+        if piece.closes is not False:
+            closed = advance(weights, momentum, x, d, masks)
+            weights = [piece.where_closed(new, old) for new, old in zip(closed[0], weights, strict=True)]
+            momentum = [piece.where_closed(new, old) for new, old in zip(closed[1], momentum, strict=True)]
+            held = [None if piece.closes is True else piece.where_closed(torch.zeros_like(h), h) for h in held]
+
+    ends = [torch.zeros_like(s) if h is None else h.to(s.dtype) for h, s in zip(held, start, strict=True)]
+    weights, momentum, ends = ([t.unflatten(0, (B, H)) for t in ts] for ts in (weights, momentum, ends))
+    read_so_far = state.position + (T if lengths is None else lengths)
+    end = MemoryState(tuple(weights), tuple(momentum), tuple(ends[:L]), tuple(ends[L:-1]), ends[-1], read_so_far)
+
+    def whole(pieces: list[Tensor], like: Tensor) -> Tensor:
+        joined = cut.join(pieces, like.transpose(1, 2).reshape(G, T, *like.shape[3:]))
+        return joined.unflatten(0, (B, H)).transpose(1, 2)
+
+    return whole(outs, q), end, whole(surprises, gates[..., 0]), whole(losses, gates[..., 0])
+
+
+def advance(
+    weights: Tensors, momentum: Tensors, x: Tensors, d: Tensors, masks: ChunkMasks
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and momentum [..., d_in, d_out] after all tokens of a chunk (empty slots change nothing)."""
+    to_weights, to_momentum = masks.write[..., -1, :, None], masks.momentum_write
+    new_weights, new_momentum = [], []
+    for w, s, x_i, d_i in zip(weights, momentum, x, d, strict=True):
+        if x_i.shape[-1] < d_i.shape[-1]:  # scale the narrower side, once for the weights and once for the momentum
+            both = torch.cat([x_i * to_weights, x_i * to_momentum], -1).to(x_i.dtype).mT @ d_i
+            dw, ds = both.chunk(2, -2)
+        else:
+            both = x_i.mT @ torch.cat([d_i * to_weights, d_i * to_momentum], -1).to(x_i.dtype)
+            dw, ds = both.chunk(2, -1)
+        new_weights.append(masks.keep[..., -1:, :] * w + masks.carry[..., -1:, :] * s - dw)
+        new_momentum.append(masks.momentum_keep * s - ds)
+    return new_weights, new_momentum
+
+
+def current_maps(state: MemoryState) -> list[Tensor]:
+    """The memory's linear maps [B, H, d_in, d_out] as they stand after the last token, open chunk included."""
+    return advance(state.weights, state.momentum, state.inputs, state.signals, chunk_masks(state.gates))[0]
+
+
+def _dual(weights: Tensors, momentum: Tensors, x: Tensors, d: Tensors, masks: ChunkMasks, piece: Piece):
+    """The linear maps of the memory at every token of the piece, applied without being formed."""
+    dtype = weights[0].dtype
+    write, keep, carry = (piece.rows(m).to(dtype) for m in (masks.write, masks.keep, masks.carry))
+
+    def linear(i: int, h: Tensor) -> Tensor:
+        w, s, x_i, d_i = weights[i], momentum[i], x[i].to(dtype), d[i].to(dtype)
+        if w.shape[-2] < w.shape[-1]:  # again the narrower side
+            state = torch.baddbmm(torch.bmm(h * keep, w), h * carry, s)
+        else:
+            state = torch.addcmul(torch.bmm(h, w) * keep, torch.bmm(h, s), carry)
+        return torch.baddbmm(state, torch.bmm(h, x_i.mT) * write, d_i, alpha=-1)
+
+    return linear
+
+
+def _surprise(x: Tensors, d: Tensors, dtype: torch.dtype) -> Tensor:
+    """Frobenius norm of every token's gradient, all maps together: [..., T]."""
+    squares = [a.to(dtype).square().sum(-1) * b.to(dtype).square().sum(-1) for a, b in zip(x, d, strict=True)]
+    return torch.stack(squares).sum(0).sqrt()

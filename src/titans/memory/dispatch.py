@@ -1,0 +1,120 @@
+"""``neural_memory``: one signature for every backend."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from titans.memory.chunked import chunked
+from titans.memory.network import MemoryMLP
+from titans.memory.pieces import align, check_mask, take
+from titans.memory.reference import reference
+from titans.memory.state import MemoryState
+
+BACKENDS = ("auto", "chunked", "reference")
+
+
+class MemoryInfo(NamedTuple):
+    """What the memory felt, all [B, T, H], at the weights its chunk began with.
+
+    ``surprise``: norm of the gradient of the loss; ``loss``: ``||M(k) - v||^2`` before the token was written.
+    """
+
+    surprise: Tensor
+    loss: Tensor
+
+
+def neural_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    log_momentum: Tensor,
+    log_retention: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    network: MemoryMLP,
+    chunk_size: int = 64,
+    state: MemoryState | None = None,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+    return_info: bool = False,
+) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, MemoryInfo]:
+    """Neural memory that learns while it reads (arXiv 2501.00663, eqs. 12-16 and 18; memory/README.md).
+
+    For every token: ``S = eta S - theta grad ||M(k) - v||^2``, ``M = (1 - alpha) M + S``, ``y = M(q)``, with the gradient
+    taken at the memory with which the token's chunk began. The read includes the token just written.
+
+    Args:
+        q, k, v: queries, keys, values [B, T, H, D], all of one floating dtype; bfloat16 and float16 compute matrix
+            products in that dtype, while gates, masks, weights and momentum stay float32.
+        lr: theta [B, T, H], >= 0; exactly 0 writes nothing.
+        log_momentum, log_retention: log eta and log(1 - alpha) [B, T, H], <= 0; exactly 0 keeps everything.
+        weights: M_0: the network's linear maps [H, d_in, d_out] in order, then, if it has a norm, optionally gain and
+            bias [H, D] (ones and zeros when absent). After the first call only gain and bias are read from it.
+        network: the memory network's shape.
+        chunk_size: tokens whose gradients are taken at the same point; 1 is fully online.
+        state: where an earlier call stopped; None: M_0 and no momentum.
+        mask: [B, T], zero at padding, anywhere: a padded token neither writes, decays nor advances its row's chunk, and
+            its output is zero.
+        backend: "chunked", "reference" (token by token, for tests) or "auto".
+        return_info: also return ``MemoryInfo``.
+
+    Returns:
+        out [B, T, H, D] and the state after the last token (and ``MemoryInfo``, if asked for).
+
+    Raises:
+        ValueError: shapes, dtypes or the state do not fit; the message names the argument.
+    """
+    maps, affine = network.split(weights)
+    _check(q, k, v, (lr, log_momentum, log_retention), maps, affine, network, chunk_size, backend)
+    mask = check_mask(mask, *q.shape[:2])
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    gates = torch.stack([lr, log_momentum, log_retention], -1).to(dtype)
+    if state is None:
+        state = MemoryState.initial([w.to(dtype) for w in maps], q.shape[0], chunk_size)
+    _check_state(state, q, maps, chunk_size)
+
+    norm = tuple(a.to(dtype) for a in affine) if affine else ()
+    if backend == "reference":
+        out, end, *info = reference(q, k, v, gates, norm, network, state, mask)
+    elif mask is None:
+        out, end, *info = chunked(q, k, v, gates, norm, network, state, None)
+    else:
+        index, lengths, undo = align(mask)
+        out, end, *info = chunked(*(take(x, index) for x in (q, k, v, gates)), norm, network, state, lengths)
+        out, *info = (take(x, undo) for x in (out, *info))
+    return (out, end, MemoryInfo(*info)) if return_info else (out, end)
+
+
+def _check(q, k, v, gates, maps, affine, network: MemoryMLP, chunk_size: int, backend: str) -> None:
+    if q.dim() != 4 or not q.is_floating_point():
+        raise ValueError(f"q must be floating point [B, T, H, D], got {q.dtype} {list(q.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != q.shape or x.dtype != q.dtype:
+            raise ValueError(f"{name} must be like q, {q.dtype} {list(q.shape)}, got {x.dtype} {list(x.shape)}")
+    for name, x in zip(("lr", "log_momentum", "log_retention"), gates, strict=True):
+        if x.shape != q.shape[:3]:
+            raise ValueError(f"{name} must be [B, T, H] = {list(q.shape[:3])}, got {list(x.shape)}")
+    H, D = q.shape[2:]
+    wanted = [(H, i, o) for i, o in network.shapes(D)]
+    if [tuple(w.shape) for w in maps] != wanted:
+        raise ValueError(f"weights must be linear maps {wanted} for this network, got {[tuple(w.shape) for w in maps]}")
+    if affine and (not network.norm or [tuple(a.shape) for a in affine] != [(H, D)] * 2):
+        raise ValueError(
+            f"after the linear maps, weights may hold gain and bias {(H, D)} if network.norm is True, "
+            f"got {[tuple(a.shape) for a in affine]} with norm={network.norm}"
+        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+
+
+def _check_state(state: MemoryState, q: Tensor, maps, chunk_size: int) -> None:
+    if state.chunk_size != chunk_size:
+        raise ValueError(f"state was made with chunk_size={state.chunk_size}, got chunk_size={chunk_size}")
+    wanted = [(q.shape[0], *w.shape) for w in maps]
+    if [tuple(w.shape) for w in state.weights] != wanted:
+        raise ValueError(f"state must hold weights {wanted}, got {[tuple(w.shape) for w in state.weights]}")

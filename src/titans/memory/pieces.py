@@ -1,0 +1,144 @@
+"""Rows of different lengths: align them to the left, cut them where chunks or segments end, put them together again."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
+    """``x[b, ..., index[b, i], ...]`` along ``dim`` for index [B, n]: one gather, any number of other dimensions."""
+    shape = [index.shape[0]] + [1] * (x.dim() - 1)
+    shape[dim] = index.shape[1]
+    sizes = list(x.shape)
+    sizes[dim] = index.shape[1]
+    return x.gather(dim, index.view(shape).expand(sizes))
+
+
+def align(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Order that moves the real tokens of every row to its left, keeping their order.
+
+    Args:
+        mask: [B, T], true (non-zero) at real tokens, anywhere in the row.
+
+    Returns:
+        index [B, T] to gather with, lengths [B], and the index [B, T] that undoes the move.
+    """
+    index = torch.sort(mask.bool().int(), dim=1, descending=True, stable=True).indices
+    return index, mask.bool().sum(1), index.argsort(1)
+
+
+def check_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """The mask as bool [B, T], or None where every token is real."""
+    if mask is None:
+        return None
+    if mask.shape != (batch, length):
+        raise ValueError(f"mask must be [batch, length] = [{batch}, {length}], got {list(mask.shape)}")
+    mask = mask.bool()
+    return None if mask.all() else mask
+
+
+@dataclass
+class Piece:
+    """Tokens of every row that fall into the same chunk.
+
+    ``width`` columns; the first is at slot ``offset`` of its chunk (an int, or [B] where rows differ); ``valid`` [B] says
+    how many columns are real (None: all); ``closes`` whether the chunk is full afterwards (a bool, or [B]).
+    """
+
+    width: int
+    offset: int | Tensor
+    valid: Tensor | None
+    closes: bool | Tensor
+
+    def place(self, new: Tensor, held: Tensor | None, size: int) -> Tensor:
+        """The chunk's slots [B, size, ...] with ``new`` [B, width, ...] put behind what is ``held`` (None: zeros)."""
+        if isinstance(self.offset, int):
+            if self.width == size:
+                return new
+            if held is None:
+                held = new.new_zeros(new.shape[0], size, *new.shape[2:])
+            return torch.cat([held[:, : self.offset], new, held[:, self.offset + self.width :]], 1)
+        if held is None:
+            held = new.new_zeros(new.shape[0], size, *new.shape[2:])
+        source = torch.arange(size, device=new.device) - self.offset.unsqueeze(1)
+        fits = (source >= 0) & (source < self.valid.unsqueeze(1))  # type: ignore[union-attr]
+        moved = take(new, source.clamp(0, self.width - 1))
+        return torch.where(fits.view(*fits.shape, *[1] * (new.dim() - 2)), moved, held)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The slots of this piece's columns out of x [B, size, ...] -> [B, width, ...]."""
+        if isinstance(self.offset, int):
+            return x if self.width == x.shape[1] else x[:, self.offset : self.offset + self.width]
+        slots = self.offset.unsqueeze(1) + torch.arange(self.width, device=x.device)
+        return take(x, slots.clamp(max=x.shape[1] - 1))
+
+    def where_closed(self, new: Tensor, old: Tensor) -> Tensor:
+        """``new`` in the rows whose chunk is full after this piece, ``old`` in the others; both [B, ...]."""
+        if isinstance(self.closes, bool):
+            return new if self.closes else old
+        return torch.where(self.closes.view(-1, *[1] * (new.dim() - 1)), new, old)
+
+
+class Cut:
+    """Cuts B rows of T tokens at multiples of ``size``, counted from what each row has read before.
+
+    Args:
+        position: [B], tokens read before.
+        lengths: [B], real tokens of every left-aligned row; None: T in every row.
+    """
+
+    def __init__(self, position: Tensor, lengths: Tensor | None, T: int, size: int):
+        self.index = self.inverse = None
+        offsets = (position % size).tolist()
+        if lengths is None and len(set(offsets)) <= 1:
+            self.pieces = list(self._even(offsets[0] if offsets else 0, T, size))
+        else:
+            lengths = torch.full_like(position, T) if lengths is None else lengths
+            self.pieces = self._ragged(position % size, lengths, T, size)
+        self.T, self.widths = T, [p.width for p in self.pieces]
+
+    @staticmethod
+    def _even(offset: int, T: int, size: int):
+        while T > 0:
+            width = min(size - offset, T)
+            yield Piece(width, offset, None, offset + width == size)
+            offset, T = 0, T - width
+
+    def _ragged(self, offset: Tensor, lengths: Tensor, T: int, size: int) -> list[Piece]:
+        if not lengths.any():
+            return []
+        count = int(((offset + lengths + size - 1) // size).max())
+        columns = torch.arange(T, device=offset.device)
+        pieces, indices, inverse, before = [], [], torch.zeros_like(columns).repeat(len(offset), 1), 0
+        for p in range(count):
+            start = (p * size - offset).clamp(min=0).minimum(lengths)
+            stop = ((p + 1) * size - offset).minimum(lengths)
+            valid, width = stop - start, int((stop - start).max())
+            slot = offset if p == 0 else torch.zeros_like(offset)
+            pieces.append(Piece(width, slot, valid, slot + valid == size))
+            indices.append((start.unsqueeze(1) + columns[:width]).clamp(max=T - 1))
+            inside = (columns >= start.unsqueeze(1)) & (columns < stop.unsqueeze(1))
+            inverse = torch.where(inside, columns - start.unsqueeze(1) + before, inverse)
+            before += width
+        if pieces:
+            self.index, self.inverse = torch.cat(indices, 1), inverse
+            self.real = columns < lengths.unsqueeze(1)
+        return pieces
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """x [B, T, ...] -> the columns [B, width, ...] of every piece (one split: its backward is linear in T)."""
+        if self.index is not None:
+            x = take(x, self.index)
+        return x.split(self.widths, 1) if self.pieces else []
+
+    def join(self, outs: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The pieces' outputs [B, width, ...] -> [B, T, ...] in the dtype of ``like``, zero where no token is."""
+        if not outs:
+            return like.new_zeros(like.shape)
+        out = outs[0] if len(outs) == 1 else torch.cat(list(outs), 1)
+        if self.inverse is not None:
+            out = take(out, self.inverse)
+            out = out.masked_fill(~self.real.view(*self.real.shape, *[1] * (out.dim() - 2)), 0)
+        return out

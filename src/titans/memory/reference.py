@@ -1,0 +1,97 @@
+"""The definition: the recurrence token by token, its gradient by automatic differentiation (README.md, section 1)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from titans.memory.network import MemoryMLP
+from titans.memory.state import MemoryState
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, affine: Sequence[Tensor], network: MemoryMLP,
+    state: MemoryState, mask: Tensor | None,
+) -> tuple[Tensor, MemoryState, Tensor, Tensor]:  # fmt: skip
+    """Reads and writes one token after the other; arguments and results as ``chunked``, but any mask [B, T] will do."""
+    B, T, _, _ = q.shape
+    C = state.chunk_size
+    real = torch.ones(B, T, dtype=torch.bool, device=q.device) if mask is None else mask
+
+    def loss(maps, affine, k, v):
+        return (network.apply((*maps, *affine), k) - v).square().sum()
+
+    def of_heads(fn):  # over heads, then over the batch; the norm's gain and bias differ by head only
+        return vmap(vmap(fn), in_dims=(0, None, 0, 0))
+
+    inner_gradient = of_heads(grad(loss))
+    inner_loss = of_heads(loss)
+    row, head = torch.arange(B, device=q.device).unsqueeze(1), torch.arange(q.shape[2], device=q.device)
+
+    frozen, start_momentum = state.weights, state.momentum
+    memory, momentum = _replay(state)
+    inputs, signals, open_gates, position = state.inputs, state.signals, state.gates, state.position
+    outs, surprises, losses = [], [], []
+    for t in range(T):
+        here = real[:, t]
+        lr, eta, retention = gates[:, t, :, 0], gates[:, t, :, 1].exp(), gates[:, t, :, 2].exp()
+        gradient = inner_gradient(frozen, tuple(affine), k[:, t], v[:, t])
+        new_momentum = tuple(_times(eta, s) - _times(lr, g) for s, g in zip(momentum, gradient, strict=True))
+        new_memory = tuple(_times(retention, m) + s for m, s in zip(memory, new_momentum, strict=True))
+        memory, momentum = _where(here, new_memory, memory), _where(here, new_momentum, momentum)
+        out = network.apply((*memory, *affine), q[:, t].unsqueeze(2)).squeeze(2)
+        outs.append(_where(here, out, torch.zeros_like(out)))
+        surprises.append(sum(g.square().sum((-2, -1)) for g in gradient).sqrt())  # type: ignore[union-attr]
+        losses.append(inner_loss(frozen, tuple(affine), k[:, t], v[:, t]))
+
+        # the open chunk, kept as layer inputs and signals, is what the state carries
+        x, d, _ = network.trace(frozen, _affine(affine), k[:, t].unsqueeze(2), v[:, t].unsqueeze(2))
+        slot = (row, head, (position % C).unsqueeze(1))
+        inputs = _where(here, tuple(_put(b, slot, n.squeeze(2)) for b, n in zip(inputs, x, strict=True)), inputs)
+        signals = _where(here, tuple(_put(b, slot, n.squeeze(2)) for b, n in zip(signals, d, strict=True)), signals)
+        open_gates = _where(here, _put(open_gates, slot, gates[:, t]), open_gates)
+        position = position + here
+        border = here & (position % C == 0)
+        frozen, start_momentum = _where(border, memory, frozen), _where(border, momentum, start_momentum)
+        inputs, signals, open_gates = (
+            _where(border, tuple(torch.zeros_like(b) for b in inputs), inputs),
+            _where(border, tuple(torch.zeros_like(b) for b in signals), signals),
+            _where(border, torch.zeros_like(open_gates), open_gates),
+        )
+    end = MemoryState(frozen, start_momentum, inputs, signals, open_gates, position)
+    if not outs:
+        empty = gates.new_zeros(gates.shape[:-1])
+        return torch.zeros_like(q), end, empty, empty
+    real = real.unsqueeze(-1)
+    return torch.stack(outs, 1), end, torch.stack(surprises, 1) * real, torch.stack(losses, 1) * real
+
+
+def _replay(state: MemoryState) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Memory and momentum as they stand, from the chunk's start and the open chunk's tokens."""
+    memory, momentum = state.weights, state.momentum
+    for s in range(state.chunk_size):  # empty slots hold zeros: they write nothing and keep everything
+        lr, eta, retention = state.gates[:, :, s, 0], state.gates[:, :, s, 1].exp(), state.gates[:, :, s, 2].exp()
+        outer = zip(state.inputs, state.signals, strict=True)
+        gradient = [x[:, :, s].unsqueeze(-1) * d[:, :, s].unsqueeze(-2) for x, d in outer]
+        momentum = tuple(_times(eta, m) - _times(lr, g) for m, g in zip(momentum, gradient, strict=True))
+        memory = tuple(_times(retention, w) + m for w, m in zip(memory, momentum, strict=True))
+    return memory, momentum
+
+
+def _times(scalar: Tensor, x: Tensor) -> Tensor:
+    return scalar[..., None, None] * x
+
+
+def _affine(affine: Sequence[Tensor]):
+    return (affine[0].unsqueeze(-2), affine[1].unsqueeze(-2)) if affine else None
+
+
+def _put(buffer: Tensor, slot: tuple[Tensor, ...], new: Tensor) -> Tensor:
+    return buffer.index_put(slot, new.to(buffer.dtype))
+
+
+def _where(rows: Tensor, new, old):
+    if isinstance(new, tuple):
+        return tuple(_where(rows, n, o) for n, o in zip(new, old, strict=True))
+    return torch.where(rows.view(-1, *[1] * (new.dim() - 1)), new, old)

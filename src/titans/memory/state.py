@@ -1,0 +1,165 @@
+"""State that belongs to the caller: everything needed to go on reading where a call stopped."""
+
+import os
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class State:
+    """Base of all states: dataclasses of tensors (batch first), tuples of tensors, other states, or None."""
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        """The same state with ``fn`` applied to every tensor."""
+
+        def visit(value):
+            if isinstance(value, Tensor):
+                return fn(value)
+            if isinstance(value, State):
+                return value.map(fn)
+            return tuple(visit(item) for item in value) if isinstance(value, tuple) else value
+
+        return type(self)(**{f.name: visit(getattr(self, f.name)) for f in fields(self)})
+
+    def select(self, rows: Tensor | Sequence[int]) -> Self:
+        """Rows of the batch, in the order given; a row may come more than once (selection, beam reordering)."""
+        rows = torch.as_tensor(rows, dtype=torch.long)
+        return self.map(lambda t: t.index_select(0, rows.to(t.device)))
+
+    def repeat(self, times: int) -> Self:
+        """Every row ``times`` times, copies side by side."""
+        return self.map(lambda t: t.repeat_interleave(times, 0))
+
+    def detach(self) -> Self:
+        """The same numbers without their history: gradients stop here."""
+        return self.map(Tensor.detach)
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Self:
+        """On another device, or with floating-point tensors in another dtype."""
+        return self.map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes; constant, however much was read."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by dotted name, e.g. ``weights.0``."""
+        found: dict[str, Tensor] = {}
+
+        def visit(name: str, value):
+            if isinstance(value, Tensor):
+                found[name] = value
+            elif isinstance(value, State):
+                for f in fields(value):
+                    visit(f"{name}.{f.name}" if name else f.name, getattr(value, f.name))
+            elif isinstance(value, tuple):
+                for i, item in enumerate(value):
+                    visit(f"{name}.{i}", item)
+
+        visit("", self)
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
+        """The inverse of ``tensors``; a missing one is a ValueError that names it."""
+        hints, values = typing.get_type_hints(cls), {}
+        for f in fields(cls):
+            inner = {k[len(f.name) + 1 :]: t for k, t in tensors.items() if k.startswith(f.name + ".")}
+            options = [o for o in (typing.get_args(hints[f.name]) or [hints[f.name]]) if isinstance(o, type)]
+            nested = next((o for o in options if issubclass(o, State)), None)
+            if f.name in tensors:
+                values[f.name] = tensors[f.name]
+            elif inner:
+                values[f.name] = (
+                    nested.from_tensors(inner) if nested else tuple(inner[str(i)] for i in range(len(inner)))
+                )
+            elif type(None) in typing.get_args(hints[f.name]):
+                values[f.name] = None
+            else:
+                raise ValueError(f"{cls.__name__} needs the tensor {f.name!r}, which is missing; was it saved by another version?")
+        return cls(**values)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        save_tensors(self.tensors(), path, {"titans": type(self).__name__})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: Any = "cpu") -> Self:
+        """Reads what ``save`` wrote. ValueError if the file is broken or holds something else."""
+        tensors, metadata = load_tensors(path, device)
+        if metadata.get("titans") != cls.__name__:
+            raise ValueError(f"{path} holds {metadata.get('titans', 'no titans state')!r}, expected {cls.__name__!r}")
+        return cls.from_tensors(tensors)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str]) -> None:
+    """safetensors through a temporary file and a rename, so that a crash leaves no half-written file."""
+    from safetensors.torch import save_file
+
+    part = f"{os.fspath(path)}.part"
+    save_file({k: t.detach().contiguous().clone() for k, t in tensors.items()}, part, metadata)
+    os.replace(part, path)
+
+
+def load_tensors(path: str | os.PathLike, device: Any = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; a broken file is a ValueError that names it."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        with safe_open(os.fspath(path), "pt", device=str(device)) as file:  # type: ignore[no-untyped-call]
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}); restore it from a copy") from error
+
+
+@dataclass
+class MemoryState(State):
+    """A neural memory in the middle of a sequence: C is the chunk size, one entry of the tuples per linear map.
+
+    Args:
+        weights, momentum: [B, H, d_in, d_out], as they were at the open chunk's first token.
+        inputs [B, H, C, d_in], signals [B, H, C, d_out]: inputs and gradients of the open chunk's tokens, then zeros.
+        gates: [B, H, C, 3], their (lr, log_momentum, log_retention), then zeros.
+        position: [B] int64, tokens read so far; ``position % C`` of them are in the open chunk.
+        conv: [B, kernel - 1, channels], last inputs of a layer's short convolution (None for the bare memory).
+    """
+
+    weights: tuple[Tensor, ...]
+    momentum: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]
+    signals: tuple[Tensor, ...]
+    gates: Tensor
+    position: Tensor
+    conv: Tensor | None = None
+
+    @classmethod
+    def initial(cls, maps: Sequence[Tensor], batch: int, chunk_size: int) -> "MemoryState":
+        """Before the first token: M_0 = ``maps`` (each [H, d_in, d_out]) for every row, no momentum."""
+        H = maps[0].shape[0]
+        weights = tuple(w.unsqueeze(0).expand(batch, *w.shape) for w in maps)
+
+        def zeros(*shape: int) -> Tensor:
+            return maps[0].new_zeros(batch, *shape)
+
+        return cls(
+            weights=weights,
+            momentum=tuple(torch.zeros_like(w, memory_format=torch.contiguous_format) for w in weights),
+            inputs=tuple(zeros(H, chunk_size, w.shape[-2]) for w in maps),
+            signals=tuple(zeros(H, chunk_size, w.shape[-1]) for w in maps),
+            gates=zeros(H, chunk_size, 3),
+            position=torch.zeros(batch, dtype=torch.long, device=maps[0].device),
+        )
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens a chunk."""
+        return self.gates.shape[2]

@@ -1,0 +1,307 @@
+"""Text in, token windows out: readers, the byte-level tokenizer, packed windows."""
+
+import gzip
+import hashlib
+import json
+import logging
+import lzma
+import os
+import re
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+_DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+# Folders of the standard library that hold tests, generated tables or what was installed later.
+_STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3"}
+
+
+def read_documents(source: str | os.PathLike, text_field: str = "text") -> Iterator[str]:
+    """The documents of a text file, a folder, a JSON-lines file or a Hugging Face data set, in a fixed order.
+
+    Args:
+        source: a text file (any utf-8), a `.jsonl` file, either also as `.gz` or `.xz`; a folder (all files below it,
+            sorted, binary ones skipped with a warning; or a data set saved by `datasets`); or a data set's name,
+            `name` or `name:split` (split "train" by default).
+        text_field: the field of a JSON line or data set row that holds the text.
+
+    Raises:
+        FileNotFoundError: nothing of that name.
+        ValueError: an empty or binary file, a line without the field, no document at all.
+        ImportError: a data set was asked for and `datasets` is not installed.
+    """
+    path = Path(source)
+    if path.is_dir():
+        saved = (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()
+        documents = _read_dataset(str(path), text_field) if saved else _read_folder(path, text_field)
+    elif path.exists():
+        documents = _read_file(path, text_field)
+    elif _DATASET_NAME.fullmatch(str(source)) and not _looks_like_file(path):
+        documents = _read_dataset(str(source), text_field)
+    else:
+        raise FileNotFoundError(f"source={str(source)!r} does not exist; give a text file, a folder, a .jsonl file or a "
+                                "Hugging Face data set's name")  # fmt: skip
+    found = False
+    for document in documents:
+        if document:
+            found = True
+            yield document
+    if not found:
+        raise ValueError(f"source={str(source)!r} holds no text; give a file, folder or data set with text in it")
+
+
+def _looks_like_file(path: Path) -> bool:
+    return path.suffix.lower() in {".txt", ".md", ".py", ".json", ".jsonl", ".csv", *_OPENERS}
+
+
+def _read_bytes(path: Path) -> bytes:
+    opener = _OPENERS.get(path.suffix, open)
+    try:
+        with opener(path, "rb") as file:
+            return file.read()
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is not a readable {path.suffix} file ({error}); pack it again") from error
+
+
+def _decode(path: Path) -> str:
+    data = _read_bytes(path)
+    try:
+        if b"\0" in data:
+            raise ValueError("it holds NUL bytes")
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except ValueError as error:
+        raise ValueError(f"{path} is not utf-8 text ({error}); give a text file or convert it to utf-8") from error
+
+
+def _read_file(path: Path, text_field: str) -> Iterator[str]:
+    text = _decode(path)
+    if not text:
+        raise ValueError(f"{path} is empty; give a file with text in it")
+    if path.with_suffix("").suffix == ".jsonl" or path.suffix == ".jsonl":
+        return _read_json_lines(path, text, text_field)
+    return iter([text])
+
+
+def _read_json_lines(path: Path, text: str, text_field: str) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}); write one JSON object a line") from error
+        if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
+            fields = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(f"{path}, line {number}: no text in field {text_field!r}; the line has {fields}, "
+                             "name one of its fields with text_field")  # fmt: skip
+        yield row[text_field]
+
+
+def _read_folder(folder: Path, text_field: str) -> Iterator[str]:
+    binary = 0
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if path.stat().st_size == 0:
+            continue
+        try:
+            text = _decode(path)
+        except ValueError:
+            binary += 1
+            continue
+        is_json_lines = ".jsonl" in path.suffixes
+        yield from _read_json_lines(path, text, text_field) if is_json_lines else [text]
+    if binary:
+        logger.warning("%s: skipped %d files that are not utf-8 text", folder, binary)
+
+
+def _read_dataset(source: str, text_field: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"source={source!r} is no file or folder here, and reading a Hugging Face data set needs the "
+                          "package `datasets`: pip install 'titans[data]'") from error  # fmt: skip
+    name, _, split = source.partition(":")
+    try:
+        if Path(name).is_dir():
+            rows = datasets.load_from_disk(name)
+            rows = rows[split or "train"] if isinstance(rows, datasets.DatasetDict) else rows
+        else:
+            rows = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # the library raises a dozen types for "no such data set"
+        raise FileNotFoundError(f"source={source!r} is neither a file, a folder nor a data set that can be loaded "
+                                f"({type(error).__name__}: {error}); check the name and the split") from error  # fmt: skip
+    if text_field not in rows.column_names:
+        raise ValueError(f"source={source!r} has no column {text_field!r}; it has {rows.column_names}, "
+                         "name one of them with text_field")  # fmt: skip
+    return (row[text_field] for row in rows)
+
+
+def stdlib_documents(split: str) -> Iterator[str]:
+    """Source files of Python's standard library, read where it lies: a text that every machine already has.
+
+    Args:
+        split: "train", "validation" or "test": about 90, 5 and 5 % of the files, by a hash of the file's name.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if _STDLIB_SKIPPED & set(name.parts):
+            continue
+        bucket = int(hashlib.sha256(name.as_posix().encode()).hexdigest(), 16) % 20
+        if {0: "test", 1: "validation"}.get(bucket, "train") == split:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if text:
+                yield text
+
+
+def hold_out(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+    """Cuts the last `fraction` of the characters off; a document across the border is cut in two."""
+    left = round(sum(map(len, documents)) * (1 - fraction))
+    first: list[str] = []
+    last: list[str] = []
+    for document in documents:
+        first.append(document[:left])
+        last.append(document[left:])
+        left = max(0, left - len(document))
+    return [d for d in first if d], [d for d in last if d]
+
+
+def truncate(documents: Iterable[str], max_bytes: int) -> list[str]:
+    """At most `max_bytes` utf-8 bytes in all, every document's beginning kept: the long ones are cut to one length."""
+    encoded = [document.encode() for document in documents]
+    left, limit = max_bytes, 0
+    for rank, size in enumerate(sorted(map(len, encoded))):
+        limit = max(limit, left // (len(encoded) - rank))
+        left -= min(size, limit)
+    kept = [data[:limit].decode(errors="ignore") for data in encoded]
+    return [document for document in kept if document]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte: ids 0 to 255 are the bytes, 256 ends (and begins) a text, 257 pads. Round-trips any str."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {letter: byte for byte, letter in _byte_letters().items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        split_special_tokens=True,  # "<|endoftext|>" inside a text is thirteen bytes like any other
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_letters() -> dict[int, str]:
+    """The printable letter that byte-level tokenizers write for each byte: itself, or the next one free above 255."""
+    letters, free = {}, 256
+    for byte in range(256):
+        if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255:
+            letters[byte] = chr(byte)
+        else:
+            letters[byte], free = chr(free), free + 1
+    return letters
+
+
+def load_tokenizer(name_or_path: str = "bytes") -> PreTrainedTokenizerBase:
+    """The byte-level tokenizer ("bytes"), or that of a folder (tokenizer.json, or GPT-2's vocab.json and merges.txt).
+
+    Raises:
+        ValueError: no tokenizer there, or one without an end-of-text token.
+    """
+    if name_or_path == "bytes":
+        return byte_tokenizer()
+    try:
+        if (Path(name_or_path) / "vocab.json").exists() and not (Path(name_or_path) / "tokenizer.json").exists():
+            from transformers import GPT2TokenizerFast
+
+            tokenizer = GPT2TokenizerFast.from_pretrained(name_or_path)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except Exception as error:  # the library raises many types for "no tokenizer there"
+        raise ValueError(f"tokenizer={name_or_path!r} cannot be loaded ({error}); give 'bytes' or a folder with "
+                         "tokenizer.json, or with vocab.json and merges.txt") from error  # fmt: skip
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer={name_or_path!r} has no end-of-text token; set its eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> list[np.ndarray]:
+    """Token ids of each document, uint16 or uint32 [tokens], without special tokens."""
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    letters = _byte_letters()
+    vocabulary = tokenizer.get_vocab()
+    if len(vocabulary) - len(tokenizer.get_added_vocab()) == 256 and all(c in vocabulary for c in letters.values()):
+        # A table look-up: the tokenizer itself would take minutes for a shelf of books.
+        table = np.array([vocabulary[letters[byte]] for byte in range(256)], dtype=dtype)
+        return [table[np.frombuffer(document.encode(), np.uint8)] for document in documents]
+    ids = [tokenizer(d, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"] for d in documents]
+    return [np.asarray(i, dtype=dtype) for i in ids]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenized documents. `ids` is one uint16 or uint32 array a document; the sizes are those of the text itself."""
+
+    ids: list[np.ndarray]
+    eos_token_id: int
+    num_bytes: int
+    num_words: int
+
+    @classmethod
+    def build(cls, documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> "Corpus":
+        """Tokenizes `documents`; bytes are utf-8 bytes, words are split at white space."""
+        documents = list(documents)
+        return cls(
+            ids=encode(tokenizer, documents),
+            eos_token_id=int(tokenizer.eos_token_id),
+            num_bytes=sum(len(d.encode()) for d in documents),
+            num_words=sum(len(d.split()) for d in documents),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.ids))
+
+    def packed(self) -> np.ndarray:
+        """All documents end to end, each ended by the end-of-text token: [tokens + documents]."""
+        end = np.array([self.eos_token_id], dtype=self.ids[0].dtype)
+        return np.concatenate([part for ids in self.ids for part in (ids, end)])
+
+
+class WindowDataset(Dataset):
+    """Windows of `length` tokens cut from packed ids, without overlap; a last, shorter one is dropped.
+
+    Items are `{"input_ids": LongTensor [length], "labels": the same}`: the model shifts the labels itself.
+
+    Raises:
+        ValueError: the text is shorter than one window.
+    """
+
+    def __init__(self, ids: np.ndarray, length: int):
+        if len(ids) < length:
+            raise ValueError(f"training.length={length} is longer than the whole text of {len(ids)} tokens; "
+                             "use a shorter length or more text")  # fmt: skip
+        self.ids, self.length = ids, length
+
+    def __len__(self) -> int:
+        return len(self.ids) // self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        window = self.ids[index * self.length : (index + 1) * self.length]
+        ids = torch.from_numpy(window.astype(np.int64))
+        return {"input_ids": ids, "labels": ids}
