@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def read_documents(source: str | os.PathLike, text_field: str = "text") -> Itera
         documents = _read_dataset(str(source), text_field)
     else:
         raise FileNotFoundError(f"source={str(source)!r} does not exist; give a text file, a folder, a .jsonl file or a "
-                                "Hugging Face data set's name")  # fmt: skip
+                                "Hugging Face data set's name")
     found = False
     for document in documents:
         if document:
@@ -103,7 +104,7 @@ def _read_json_lines(path: Path, text: str, text_field: str) -> Iterator[str]:
         if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
             fields = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise ValueError(f"{path}, line {number}: no text in field {text_field!r}; the line has {fields}, "
-                             "name one of its fields with text_field")  # fmt: skip
+                             "name one of its fields with text_field")
         yield row[text_field]
 
 
@@ -128,7 +129,7 @@ def _read_dataset(source: str, text_field: str) -> Iterator[str]:
         import datasets
     except ImportError as error:
         raise ImportError(f"source={source!r} is no file or folder here, and reading a Hugging Face data set needs the "
-                          "package `datasets`: pip install 'titans[data]'") from error  # fmt: skip
+                          "package `datasets`: pip install 'titans[data]'") from error
     name, _, split = source.partition(":")
     try:
         if Path(name).is_dir():
@@ -138,10 +139,10 @@ def _read_dataset(source: str, text_field: str) -> Iterator[str]:
             rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the library raises a dozen types for "no such data set"
         raise FileNotFoundError(f"source={source!r} is neither a file, a folder nor a data set that can be loaded "
-                                f"({type(error).__name__}: {error}); check the name and the split") from error  # fmt: skip
+                                f"({type(error).__name__}: {error}); check the name and the split") from error
     if text_field not in rows.column_names:
         raise ValueError(f"source={source!r} has no column {text_field!r}; it has {rows.column_names}, "
-                         "name one of them with text_field")  # fmt: skip
+                         "name one of them with text_field")
     return (row[text_field] for row in rows)
 
 
@@ -190,7 +191,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A token a byte: ids 0 to 255 are the bytes, 256 ends (and begins) a text, 257 pads. Round-trips any str."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    vocabulary = {letter: byte for byte, letter in _byte_letters().items()}
+    vocabulary = {letter: byte for byte, letter in bytes_to_unicode().items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -202,17 +203,6 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         split_special_tokens=True,  # "<|endoftext|>" inside a text is thirteen bytes like any other
         clean_up_tokenization_spaces=False,
     )
-
-
-def _byte_letters() -> dict[int, str]:
-    """The printable letter that byte-level tokenizers write for each byte: itself, or the next one free above 255."""
-    letters, free = {}, 256
-    for byte in range(256):
-        if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255:
-            letters[byte] = chr(byte)
-        else:
-            letters[byte], free = chr(free), free + 1
-    return letters
 
 
 def load_tokenizer(name_or_path: str = "bytes") -> PreTrainedTokenizerBase:
@@ -232,7 +222,7 @@ def load_tokenizer(name_or_path: str = "bytes") -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:  # the library raises many types for "no tokenizer there"
         raise ValueError(f"tokenizer={name_or_path!r} cannot be loaded ({error}); give 'bytes' or a folder with "
-                         "tokenizer.json, or with vocab.json and merges.txt") from error  # fmt: skip
+                         "tokenizer.json, or with vocab.json and merges.txt") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer={name_or_path!r} has no end-of-text token; set its eos_token")
     if tokenizer.pad_token_id is None:
@@ -243,7 +233,7 @@ def load_tokenizer(name_or_path: str = "bytes") -> PreTrainedTokenizerBase:
 def encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> list[np.ndarray]:
     """Token ids of each document, uint16 or uint32 [tokens], without special tokens."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    letters = _byte_letters()
+    letters = bytes_to_unicode()
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) - len(tokenizer.get_added_vocab()) == 256 and all(c in vocabulary for c in letters.values()):
         # A table look-up: the tokenizer itself would take minutes for a shelf of books.
@@ -295,7 +285,7 @@ class WindowDataset(Dataset):
     def __init__(self, ids: np.ndarray, length: int):
         if len(ids) < length:
             raise ValueError(f"training.length={length} is longer than the whole text of {len(ids)} tokens; "
-                             "use a shorter length or more text")  # fmt: skip
+                             "use a shorter length or more text")
         self.ids, self.length = ids, length
 
     def __len__(self) -> int:

@@ -1,0 +1,81 @@
+"""What several layers share."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titans.memory.pieces import take
+
+
+def require_finite(x: Tensor, mask: Tensor | None) -> None:
+    """ValueError that names the first NaN or infinity among the real tokens of x [B, T, dim]."""
+    if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    finite = torch.isfinite(x).all(-1)
+    if mask is not None:
+        finite = finite | ~mask
+    if not finite.all():
+        row, token = (~finite).nonzero()[0].tolist()
+        raise ValueError(
+            f"x holds NaN or infinity, first in row {row} at token {token}; a memory would keep it for ever. "
+            "Look for a diverged layer before this one, or mask the token."
+        )
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution [B, T, channels] -> same, with its last inputs as state."""
+
+    def __init__(self, channels: int, size: int):
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"conv_size must be at least 1, got {size}")
+        self.channels, self.size = channels, size
+        self.weight = nn.Parameter(torch.empty(size, channels).uniform_(-(size**-0.5), size**-0.5))
+        with torch.no_grad():
+            self.weight[-1] += 1  # starts near the identity
+
+    def initial_state(self, batch: int) -> Tensor:
+        """Zeros [batch, size - 1, channels]: nothing came before."""
+        return self.weight.new_zeros(batch, self.size - 1, self.channels)
+
+    def forward(self, x: Tensor, state: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Output and new state; rows are left-aligned, ``lengths`` [B] of them real (None: all)."""
+        T, tail = x.shape[1], self.size - 1
+        padded = torch.cat([state.to(x.dtype), x], 1)
+        y = sum(padded[:, i : i + T] * w for i, w in enumerate(self.weight.unbind(0)))
+        if lengths is None:
+            return y, padded[:, T:]  # type: ignore[return-value]
+        last = lengths.unsqueeze(1) + torch.arange(tail, device=x.device)
+        return y, take(padded, last)  # type: ignore[return-value]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, [..., dim] -> [..., dim]."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.up_proj = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up_proj(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class GatedProduct(nn.Module):
+    """y (x) m of eqs. 25 and 28: both normalised with learned weights, a non-linearity, the product, a projection."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm_y, self.norm_m = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, y: Tensor, m: Tensor) -> Tensor:
+        return self.out_proj(self.norm_y(y) * F.silu(self.norm_m(m)))
+
+
+def persistent_tokens(number: int, dim: int) -> nn.Parameter | None:
+    """Learned tokens [number, dim] that stand before every sequence (section 3.3); None for none."""
+    if number < 0:
+        raise ValueError(f"num_persistent_tokens must be 0 or more, got {number}")
+    return nn.Parameter(torch.randn(number, dim)) if number else None

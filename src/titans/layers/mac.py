@@ -1,0 +1,72 @@
+"""MAC: memory as a context of attention, segment by segment (arXiv 2501.00663, eqs. 21-25)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from titans.layers.attention import SegmentAttention
+from titans.layers.block import Block, prefix_mask
+from titans.layers.common import GatedProduct, persistent_tokens
+from titans.layers.neural_memory import NeuralMemory
+from titans.memory import MemoryState, State, current_maps
+from titans.memory.pieces import Cut
+
+
+@dataclass
+class MACState(State):
+    """A segment half-way through.
+
+    ``memory``: written so far; ``maps``: the memory as it stood when the segment began, which memory tokens are read from;
+    ``held``: keys and values of the open segment; ``position`` [B]: tokens read.
+    """
+
+    memory: MemoryState
+    maps: tuple[Tensor, ...]
+    held: Tensor
+    position: Tensor
+
+
+class MAC(Block):
+    """Attention over ``[P | h | segment]`` with h read from the memory of earlier segments; what it finds is written.
+
+    Two readings of the paper would leak the future: here token i sees memory tokens h_j for j <= i only, and eq. 25 reads the
+    memory as it stands at token i.
+
+    Args:
+        memory: the neural memory, whose ``dim`` is the block's.
+        num_attention_heads: of the attention.
+        segment_length: tokens a segment (C in the paper; not the memory's chunk).
+        num_persistent_tokens: N_p, visible to every query.
+        intermediate_size: hidden width of the feed-forward part.
+    """
+
+    def __init__(
+        self, memory: NeuralMemory, *, num_attention_heads: int, segment_length: int, num_persistent_tokens: int,
+        intermediate_size: int,
+    ):  # fmt: skip
+        super().__init__(memory.dim, intermediate_size)
+        if segment_length < 1:
+            raise ValueError(f"segment_length must be at least 1, got {segment_length}")
+        self.memory, self.segment_length = memory, segment_length
+        self.persistent = persistent_tokens(num_persistent_tokens, memory.dim)
+        self.attention = SegmentAttention(memory.dim, num_attention_heads, segment_length)
+        self.gate = GatedProduct(memory.dim)
+
+    def initial_state(self, batch: int) -> MACState:
+        memory = self.memory.initial_state(batch)
+        return MACState(memory, memory.weights, self.attention.initial_state(batch), torch.zeros_like(memory.position))
+
+    def mix(self, x: Tensor, state: MACState, lengths: Tensor | None) -> tuple[Tensor, MACState]:
+        memory, maps, held, outs = state.memory, state.maps, state.held, []
+        cut = Cut(state.position, lengths, x.shape[1], self.segment_length)
+        for piece, s in zip(cut.pieces, cut.split(x), strict=True):
+            h = self.memory.read(s, maps)  # eq. 21
+            y, held = self.attention(s, h, held, piece, self.persistent)  # eqs. 22, 23
+            m, memory = self.memory(y, memory, prefix_mask(y, piece.valid))  # eq. 24
+            outs.append(self.gate(y, m))  # eq. 25
+            if piece.closes is not False:
+                maps = tuple(piece.where_closed(n, o) for n, o in zip(current_maps(memory), maps, strict=True))
+                held = piece.where_closed(torch.zeros_like(held), held)
+        position = state.position + (x.shape[1] if lengths is None else lengths)
+        return cut.join(outs, x), MACState(memory, maps, held, position)

@@ -1,0 +1,157 @@
+"""The neural memory as a layer: projections, short convolution, gates, memory, output norm and gate."""
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titans.layers.common import ShortConvolution, require_finite
+from titans.memory import MemoryInfo, MemoryMLP, MemoryState, neural_memory
+from titans.memory.pieces import align, check_mask, take
+
+GATES = ("sigmoid", "write")
+
+
+class NeuralMemory(nn.Module):
+    """Neural long-term memory (arXiv 2501.00663, section 3): a sequence mixer [B, T, dim] -> [B, T, dim].
+
+    Args:
+        dim: width of inputs and outputs.
+        heads: independent memories, each with its own weights in every sequence.
+        head_dim: width of queries, keys and values; default ``dim // heads``.
+        chunk_size: tokens whose gradients are taken at the same memory; smaller is more exact and slower.
+        network: shape of each memory.
+        gate: how theta (step), eta (momentum) and alpha (forgetting) come from a token.
+            ``"sigmoid"``: the paper's, each a sigmoid of its own.
+            ``"write"``: one gate g in [0, 1] that reaches 0 and 1 exactly; theta = max_lr g, alpha = sigmoid(.) g, so
+            that where nothing is written nothing is forgotten; where g = 0 the momentum stands still, too.
+        max_lr: largest theta.
+        conv_size: length of the causal convolution over queries, keys and values; 1 for none.
+        backend: see ``titans.memory.neural_memory``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 4,
+        head_dim: int | None = None,
+        chunk_size: int = 64,
+        network: MemoryMLP | None = None,
+        gate: str = "sigmoid",
+        max_lr: float = 0.1,
+        conv_size: int = 4,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        if head_dim is None and dim % heads:
+            raise ValueError(f"dim={dim} is no multiple of heads={heads}; choose another or give head_dim")
+        if gate not in GATES:
+            raise ValueError(f"gate must be one of {GATES}, got {gate!r}")
+        self.dim, self.heads, self.head_dim = dim, heads, head_dim or dim // heads
+        self.chunk_size, self.network, self.backend = chunk_size, network or MemoryMLP(), backend
+        self.gate, self.max_lr = gate, max_lr
+        inner = heads * self.head_dim
+        self.qkv_proj = nn.Linear(dim, 3 * inner, bias=False)
+        self.conv = ShortConvolution(3 * inner, conv_size)
+        self.gates_proj = nn.Linear(dim, 3 * heads)
+        self.weights = nn.ParameterList(self.network.init(heads, self.head_dim))
+        self.out_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.out_gate = nn.Linear(dim, inner, bias=False)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.reset_gates()
+
+    def reset_gates(self) -> None:
+        """Starts gates independent of the token: half of max_lr (3/4 for ``"write"``), eta 1/2, alpha 0.1 %."""
+        nn.init.zeros_(self.gates_proj.weight)
+        write, momentum, forget = self.gates_proj.bias.data.view(3, self.heads)
+        write.fill_(0.0 if self.gate == "sigmoid" else 1.5)
+        momentum.fill_(0.0)
+        forget.fill_(math.log(0.001 / 0.999))
+
+    def initial_state(self, batch: int) -> MemoryState:
+        """The state before the first token of ``batch`` sequences."""
+        maps = [w.float() if w.dtype != torch.float64 else w for w in self.weights[: self.network.depth]]
+        state = MemoryState.initial(maps, batch, self.chunk_size)
+        return replace(state, conv=self.conv.initial_state(batch))
+
+    def after(self, tokens: Tensor | None, batch: int) -> MemoryState:
+        """The state of ``batch`` sequences that begin with ``tokens`` [n, dim]; None for none."""
+        if tokens is None:
+            return self.initial_state(batch)
+        return self(tokens.unsqueeze(0))[1].repeat(batch)
+
+    def forward(
+        self, x: Tensor, state: MemoryState | None = None, mask: Tensor | None = None, return_info: bool = False
+    ) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, dict[str, Tensor]]:
+        """Reads x, learning as it goes.
+
+        Args:
+            x: [B, T, dim].
+            state: where an earlier call stopped; None starts a new sequence.
+            mask: [B, T], zero at padding (anywhere); padding changes no state and gives zeros.
+            return_info: also return a dict of [B, T, heads] tensors: ``surprise`` (norm of the gradient), ``loss``
+                (before the write), ``lr``, ``momentum``, ``forget`` (theta, eta, alpha).
+
+        Returns:
+            y [B, T, dim] and the state after the last token (and the dict).
+
+        Raises:
+            ValueError: x has a wrong width or holds NaN or infinity (a memory would keep it for ever).
+        """
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"x must be [batch, length, dim={self.dim}], got {list(x.shape)}")
+        mask = check_mask(mask, *x.shape[:2])
+        require_finite(x, mask)
+        lengths = undo = None
+        if mask is not None:
+            index, lengths, undo = align(mask)
+            x, mask = take(x, index), take(mask, index)
+        state = self.initial_state(x.shape[0]) if state is None else state
+
+        qkv, conv = self.conv(self.qkv_proj(x), state.conv, lengths)
+        q, k, v = F.silu(qkv).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)
+        lr, log_momentum, log_retention = self.gates(x)
+        y, state, info = neural_memory(
+            _unit(q), _unit(k), v, lr, log_momentum, log_retention, tuple(self.weights), network=self.network,
+            chunk_size=self.chunk_size, state=state, mask=mask, backend=self.backend, return_info=True,
+        )  # type: ignore[misc]  # fmt: skip
+        y, state = self._output(y, x), replace(state, conv=conv)
+        if undo is not None:
+            y = take(y, undo)
+        if not return_info:
+            return y, state
+        seen = {"lr": lr, "momentum": log_momentum.exp(), "forget": -torch.expm1(log_retention)}
+        if undo is not None:
+            seen, info = {k: take(t, undo) for k, t in seen.items()}, MemoryInfo(*(take(t, undo) for t in info))
+        return y, state, {**info._asdict(), **seen}
+
+    def read(self, x: Tensor, maps: tuple[Tensor, ...]) -> Tensor:
+        """Asks a memory that stands still: M*(x W_Q), eq. 21; no write, no convolution (its window is the write's).
+
+        Args:
+            x: [B, T, dim]; maps: linear maps [B, heads, d_in, d_out], e.g. ``current_maps(state)``.
+        """
+        w_q = self.qkv_proj.weight[: self.heads * self.head_dim]
+        q = _unit(F.silu(F.linear(x, w_q)).unflatten(-1, (self.heads, self.head_dim)))
+        affine = [a.to(q.dtype) for a in self.weights[self.network.depth :]]
+        y = self.network.apply((*(w.to(q.dtype) for w in maps), *affine), q.transpose(1, 2))
+        return self._output(y.transpose(1, 2), x)
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """theta, log eta and log(1 - alpha) [B, T, heads], float32 (float64 for float64)."""
+        z = self.gates_proj(x).unflatten(-1, (3, self.heads))
+        write, momentum, forget = (z if z.dtype == torch.float64 else z.float()).unbind(2)
+        if self.gate == "sigmoid":
+            return self.max_lr * torch.sigmoid(write), F.logsigmoid(momentum), F.logsigmoid(-forget)
+        g = F.hardsigmoid(write)
+        return self.max_lr * g, F.logsigmoid(momentum) * (g > 0), torch.log1p(-torch.sigmoid(forget) * g)
+
+    def _output(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.out_proj(self.out_norm(y).flatten(-2) * F.silu(self.out_gate(x)))
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1, eps=1e-6)

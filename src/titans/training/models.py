@@ -1,0 +1,162 @@
+"""Models by a short description: ours and the library baselines, under one interface."""
+
+import difflib
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+# type -> (module below transformers.models, config class, model class, defaults that make a model of about a million
+# parameters). The embeddings are tied in all of them.
+_BASELINES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "llama": (
+        "llama",
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5, "num_attention_heads": 4},
+    ),
+    "sliding_llama": (
+        "mistral",
+        "MistralConfig",
+        "MistralForCausalLM",
+        {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5, "num_attention_heads": 4,
+         "sliding_window": 64},
+    ),
+    "mamba2": (
+        "mamba2",
+        "Mamba2Config",
+        "Mamba2ForCausalLM",
+        {"hidden_size": 128, "num_hidden_layers": 9, "head_dim": 64, "state_size": 64, "n_groups": 1, "chunk_size": 32},
+    ),
+    "gated_delta_net": (
+        "qwen3_5",
+        "Qwen3_5TextConfig",
+        "Qwen3_5ForCausalLM",
+        {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 5,
+         "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+         "linear_key_head_dim": 64, "linear_value_head_dim": 64},
+    ),
+}  # fmt: skip
+MODEL_TYPES = ("titans", *_BASELINES)
+
+
+def build_model(
+    spec: dict[str, Any], *, vocab_size: int, eos_token_id: int, pad_token_id: int, seed: int = 0
+) -> PreTrainedModel:
+    """A freshly initialised causal language model.
+
+    Args:
+        spec: `{"type": one of MODEL_TYPES (default "titans"), **fields of that model's configuration}`.
+        vocab_size: number of token ids.
+        eos_token_id: ends a text, and begins one.
+        pad_token_id: fills batches up.
+        seed: of the random initialisation.
+
+    Raises:
+        ValueError: an unknown type or key (the message names the nearest valid one), or a value the model refuses.
+    """
+    fields = dict(spec)
+    kind = fields.pop("type", "titans")
+    fields |= {
+        "vocab_size": vocab_size,
+        "bos_token_id": eos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+    }
+    set_seed(seed)
+    if kind == "titans":
+        from titans.models import TitansConfig, TitansForCausalLM
+
+        return TitansForCausalLM(TitansConfig(**fields))
+    if kind not in _BASELINES:
+        raise ValueError(f"model.type={kind!r} is unknown; use {nearest(kind, MODEL_TYPES)}")
+    module_name, config_name, model_name, defaults = _BASELINES[kind]
+    module = importlib.import_module(f"transformers.models.{module_name}")
+    config_class = getattr(module, config_name)
+    valid = set(config_class.__annotations__) - {"layer_types"}
+    for key in fields:
+        if key not in valid:
+            raise ValueError(f"model.{key} is no setting of {kind!r}; use {nearest(key, valid)}")
+    fields = {"tie_word_embeddings": True, **defaults, **fields}
+    try:
+        return getattr(module, model_name)(config_class(**_derived(kind, fields)))
+    except Exception as error:  # the library validates with its own family of types
+        raise ValueError(f"model={spec} is refused by {config_name}: {error}") from error
+
+
+def _derived(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The settings that follow from the others."""
+    if kind == "mamba2":
+        inner = fields["hidden_size"] * fields.get("expand", 2)
+        return {"num_heads": inner // fields["head_dim"], **fields}
+    if kind == "gated_delta_net":
+        # Every layer linear; the library's cache of such a model cannot drive generate(), so it is off by default.
+        return {"layer_types": ["linear_attention"] * fields["num_hidden_layers"], "use_cache": False, **fields}
+    return {"num_key_value_heads": fields["num_attention_heads"], "max_position_embeddings": 2**20, **fields}
+
+
+def nearest(word: str, valid) -> str:
+    """The valid words like `word`, or all of them where none is like it: the mend of a message."""
+    close = difflib.get_close_matches(str(word), sorted(valid), n=3, cutoff=0.6)
+    return " or ".join(map(repr, close)) if close else "one of " + ", ".join(sorted(valid))
+
+
+def has_constant_state(model: PreTrainedModel) -> bool:
+    """Whether what the model carries from token to token stays of one size however long the text."""
+    return model.config.model_type != "llama"
+
+
+def read_on(model: PreTrainedModel, input_ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+    """Reads `input_ids` [B, T] where `cache` left off: logits [B, T, vocab] and the cache to go on with.
+
+    `cache=None` begins anew. One interface over the libraries' different names for it.
+    """
+    if model.config.model_type == "mamba2":
+        output = model(input_ids=input_ids, cache_params=cache, use_cache=True)
+        return output.logits, output.cache_params
+    extra = {}
+    if model.config.model_type == "qwen3_5_text":
+        # Without an attention layer the library cannot ask its cache for the length; nothing here needs it.
+        no_mask = {"full_attention": None, "linear_attention": None}
+        extra = {"attention_mask": no_mask, "position_ids": torch.zeros_like(input_ids)}
+    output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extra)
+    return output.logits, output.past_key_values
+
+
+def load_run(run: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (in evaluation mode) and tokenizer of a finished run's folder.
+
+    Raises:
+        FileNotFoundError: no run there, or one that has not finished.
+        ValueError: the checkpoint cannot be read.
+    """
+    import titans.models  # noqa: F401  registers our models with the Auto classes
+
+    folder = Path(run)
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        unfinished = "; the run has not finished, resume it first" if (folder / "checkpoints").exists() else ""
+        raise FileNotFoundError(f"run={run!r} holds no model.safetensors{unfinished or '; give the folder of a run'}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # safetensors, json and torch each raise their own
+        raise ValueError(f"{weights} cannot be read ({error}); it is damaged, train again or restore it") from error
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def model_type(model: PreTrainedModel) -> str:
+    """Short name for tables: our variant, or the library's model type."""
+    return getattr(model.config, "variant", model.config.model_type)
+
+
+def describe(model: PreTrainedModel) -> str:
+    """One line: kind, parameters."""
+    return f"{model_type(model)}, {model.num_parameters():,} parameters"
+
+
+def spec_key(spec: dict[str, Any]) -> str:
+    """A spec as text, the same for equal specs."""
+    return json.dumps(spec, sort_keys=True)
