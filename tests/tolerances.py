@@ -29,7 +29,7 @@ def assert_equal(got, expected, tolerance: float | None = None, name: str = "res
     """Tensors, or nested sequences and mappings of them, equal to the bound of their dtype; None equals None."""
     if isinstance(expected, Tensor):
         assert isinstance(got, Tensor), f"{name}: {got!r}, expected a tensor"
-        bound = EQUAL[expected.dtype] if tolerance is None else tolerance
+        bound = EQUAL.get(expected.dtype, 0.0) if tolerance is None else tolerance
         found = error(got, expected)
         assert found <= bound, f"{name}: relative error {found:.2e} > {bound:.0e}"
     elif isinstance(expected, Mapping):

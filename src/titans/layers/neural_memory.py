@@ -154,4 +154,4 @@ class NeuralMemory(nn.Module):
 
 
 def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x, dim=-1, eps=1e-6)
+    return F.normalize(x, dim=-1, eps=1e-6).to(x.dtype)  # autocast would widen it

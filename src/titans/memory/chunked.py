@@ -87,7 +87,8 @@ def advance(
 
 def current_maps(state: MemoryState) -> list[Tensor]:
     """The memory's linear maps [B, H, d_in, d_out] as they stand after the last token, open chunk included."""
-    return advance(state.weights, state.momentum, state.inputs, state.signals, chunk_masks(state.gates))[0]
+    with torch.autocast(state.gates.device.type, enabled=False):
+        return advance(state.weights, state.momentum, state.inputs, state.signals, chunk_masks(state.gates))[0]
 
 
 def _dual(weights: Tensors, momentum: Tensors, x: Tensors, d: Tensors, masks: ChunkMasks, piece: Piece):

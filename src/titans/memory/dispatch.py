@@ -77,6 +77,12 @@ def neural_memory(
     _check_state(state, q, maps, chunk_size)
 
     norm = tuple(a.to(dtype) for a in affine) if affine else ()
+    with torch.autocast(q.device.type, enabled=False):  # precision here follows the arguments, never a context
+        out, end, info = _run(q, k, v, gates, norm, network, state, mask, backend)
+    return (out, end, info) if return_info else (out, end)
+
+
+def _run(q, k, v, gates, norm, network, state, mask, backend) -> tuple[Tensor, MemoryState, MemoryInfo]:
     if backend == "reference":
         out, end, *info = reference(q, k, v, gates, norm, network, state, mask)
     elif mask is None:
@@ -85,7 +91,7 @@ def neural_memory(
         index, lengths, undo = align(mask)
         out, end, *info = chunked(*(take(x, index) for x in (q, k, v, gates)), norm, network, state, lengths)
         out, *info = (take(x, undo) for x in (out, *info))
-    return (out, end, MemoryInfo(*info)) if return_info else (out, end)
+    return out, end, MemoryInfo(*info)
 
 
 def _check(q, k, v, gates, maps, affine, network: MemoryMLP, chunk_size: int, backend: str) -> None:

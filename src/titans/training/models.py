@@ -2,7 +2,6 @@
 
 import difflib
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,28 @@ _BASELINES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         "llama",
         "LlamaConfig",
         "LlamaForCausalLM",
-        {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5, "num_attention_heads": 4},
+        {"hidden_size": 128, "intermediate_size": 360, "num_hidden_layers": 5, "num_attention_heads": 4},
     ),
     "sliding_llama": (
         "mistral",
         "MistralConfig",
         "MistralForCausalLM",
-        {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5, "num_attention_heads": 4,
+        {"hidden_size": 128, "intermediate_size": 360, "num_hidden_layers": 5, "num_attention_heads": 4,
          "sliding_window": 64},
     ),
     "mamba2": (
         "mamba2",
         "Mamba2Config",
         "Mamba2ForCausalLM",
-        {"hidden_size": 128, "num_hidden_layers": 9, "head_dim": 64, "state_size": 64, "n_groups": 1, "chunk_size": 32},
+        {"hidden_size": 128, "num_hidden_layers": 9, "head_dim": 64, "state_size": 48, "n_groups": 1, "chunk_size": 64},
     ),
     "gated_delta_net": (
         "qwen3_5",
         "Qwen3_5TextConfig",
         "Qwen3_5ForCausalLM",
-        {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 5,
+        {"hidden_size": 128, "intermediate_size": 248, "num_hidden_layers": 5,
          "linear_num_key_heads": 2, "linear_num_value_heads": 2,
-         "linear_key_head_dim": 64, "linear_value_head_dim": 64},
+         "linear_key_head_dim": 64, "linear_value_head_dim": 96},
     ),
 }  # fmt: skip
 MODEL_TYPES = ("titans", *_BASELINES)
@@ -145,18 +144,3 @@ def load_run(run: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     except Exception as error:  # safetensors, json and torch each raise their own
         raise ValueError(f"{weights} cannot be read ({error}); it is damaged, train again or restore it") from error
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def model_type(model: PreTrainedModel) -> str:
-    """Short name for tables: our variant, or the library's model type."""
-    return getattr(model.config, "variant", model.config.model_type)
-
-
-def describe(model: PreTrainedModel) -> str:
-    """One line: kind, parameters."""
-    return f"{model_type(model)}, {model.num_parameters():,} parameters"
-
-
-def spec_key(spec: dict[str, Any]) -> str:
-    """A spec as text, the same for equal specs."""
-    return json.dumps(spec, sort_keys=True)

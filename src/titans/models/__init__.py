@@ -1,0 +1,17 @@
+"""Hugging Face models over the layers; importing this registers them with the Auto classes."""
+
+from titans.models.cache import TitansCache
+from titans.models.causal_lm import TitansForCausalLM, TitansModel, TitansPreTrainedModel
+from titans.models.configuration import (
+    TitansConfig,
+    titans_170m,
+    titans_340m,
+    titans_400m,
+    titans_760m,
+    titans_tiny,
+)
+
+__all__ = [
+    "TitansCache", "TitansConfig", "TitansForCausalLM", "TitansModel", "TitansPreTrainedModel",
+    "titans_170m", "titans_340m", "titans_400m", "titans_760m", "titans_tiny",
+]  # fmt: skip

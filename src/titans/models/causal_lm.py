@@ -1,0 +1,160 @@
+"""Titans as Hugging Face models: embed, blocks, norm, head."""
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from titans.layers import LMM, MAC, MAG, MAL, NeuralMemory
+from titans.layers.block import Block
+from titans.models.cache import TitansCache
+from titans.models.configuration import TitansConfig
+
+
+def build_block(config: TitansConfig) -> Block:
+    """One block of the configured variant."""
+    memory = NeuralMemory(
+        config.hidden_size, heads=config.num_memory_heads, head_dim=config.memory_head_dim, chunk_size=config.chunk_size,
+        network=config.memory_network, gate=config.memory_gate, max_lr=config.memory_max_lr,
+        conv_size=config.memory_conv_size,
+    )  # fmt: skip
+    if config.variant == "lmm":
+        return LMM(memory, intermediate_size=config.intermediate_size)
+    common = {
+        "num_attention_heads": config.num_attention_heads,
+        "num_persistent_tokens": config.num_persistent_tokens,
+        "intermediate_size": config.intermediate_size,
+    }
+    if config.variant == "mac":
+        return MAC(memory, segment_length=config.segment_length, **common)
+    return {"mag": MAG, "mal": MAL}[config.variant](memory, sliding_window=config.sliding_window, **common)
+
+
+class TitansPreTrainedModel(PreTrainedModel):
+    """What Titans models share: initialisation, checkpointing, cache."""
+
+    config_class = TitansConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MAC", "MAG", "MAL", "LMM"]  # noqa: RUF012
+    _is_stateful = True  # a memory cannot un-read a token: no assisted generation
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, NeuralMemory):
+            bias = module.gates_proj.bias
+            if not getattr(bias, "_is_hf_initialized", False):
+                init.zeros_(module.gates_proj.weight)
+                module.reset_gates()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):  # type: ignore[override]
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = TitansCache(self.config.num_hidden_layers)
+
+
+class TitansModel(TitansPreTrainedModel):
+    """Embedding, blocks and final norm: token ids to hidden states."""
+
+    def __init__(self, config: TitansConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([build_block(config) for _ in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: TitansCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **_: object,
+    ) -> BaseModelOutputWithPast:
+        """Reads tokens, going on from ``past_key_values`` if given.
+
+        Args:
+            input_ids: [B, T]; or ``inputs_embeds`` [B, T, hidden_size].
+            attention_mask: [B, T] or [B, past + T], zero at padding; padding changes nothing.
+            past_key_values: cache of an earlier call; it is updated in place. None starts from the empty memory.
+            use_cache: return a cache; default ``config.use_cache`` outside of training.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        cache = past_key_values
+        if use_cache and cache is None:
+            cache = TitansCache(self.config.num_hidden_layers)
+        mask = None if attention_mask is None else attention_mask[:, -x.shape[1] :]
+        hidden_states = []
+        for i, block in enumerate(self.layers):
+            hidden_states.append(x)
+            state = cache.layers[i].state if cache is not None else None  # type: ignore[union-attr]
+            if self.gradient_checkpointing and self.training:
+                x, state = self._gradient_checkpointing_func(block.__call__, x, state, mask)
+            else:
+                x, state = block(x, state, mask)
+            if cache is not None:
+                cache.layers[i].update(state, x.shape[1])  # type: ignore[arg-type]
+        x = self.norm(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=(*hidden_states, x) if output_hidden_states else None,  # type: ignore[arg-type]
+        )
+
+
+class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
+    """A Titans language model; ``generate`` works as for every Hugging Face model, at constant memory."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: TitansConfig):
+        super().__init__(config)
+        self.model = TitansModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: TitansCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, vocab_size] of the next token, and the loss if ``labels`` [B, T] (-100: ignored) are given.
+
+        ``logits_to_keep`` > 0: logits of that many last tokens only. Everything else as ``TitansModel``.
+        """
+        out = self.model(
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states
+        )
+        logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:] if logits_to_keep else out.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+        )
+
+
+AutoConfig.register("titans", TitansConfig)
+AutoModel.register(TitansConfig, TitansModel)
+AutoModelForCausalLM.register(TitansConfig, TitansForCausalLM)

@@ -1,0 +1,21 @@
+"""Tasks by name: a task is one file here, with its data, its metric and its presets, in an object called `task`."""
+
+import difflib
+import importlib
+import pkgutil
+
+from titans.training.task import Task
+
+TASKS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def get_task(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        ValueError: no such task; the message names the nearest.
+    """
+    if name not in TASKS:
+        close = difflib.get_close_matches(name, TASKS, n=1)
+        raise ValueError(f"task={name!r} is unknown; use {repr(close[0]) if close else 'one of ' + ', '.join(TASKS)}")
+    return importlib.import_module(f"titans.tasks.{name}").task

@@ -1,0 +1,307 @@
+"""Language modelling: bits per byte of held-out text, by window length and by position in the document."""
+
+import gzip
+import lzma
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from titans.training.config import TrainConfig, option, require
+from titans.training.task import TaskData
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from titans.training.text import Corpus
+
+WHOLE = "whole"  # the window that holds a document from its first byte to its last
+_PIECE = 2048  # tokens read at once; longer windows go piece by piece with the model's cache
+_FIRST_BUCKET = 128  # tokens in the first bucket of positions; each next one ends at twice the position
+
+
+@dataclass
+class LanguageData:
+    """Where the text comes from. Environment variables in paths are expanded."""
+
+    train: str | None = option(
+        None, "text file, folder, .jsonl (also .gz, .xz) or data set; by default Python's standard library, as installed"
+    )
+    validation: str | None = option(None, "the same; by default the last 5 % of the training text")
+    test: str | None = option(None, "the same; by default 5 % of the training text, before the validation text")
+    tokenizer: str = option("bytes", "'bytes', or a folder with a tokenizer")
+    text_field: str = option("text", "field of .jsonl lines and data set rows that holds the text")
+    validation_bytes: float = option(250_000, "validate on at most so many bytes, the beginnings of all documents")
+
+    def __post_init__(self):
+        require(self.validation_bytes > 0, "data.validation_bytes", self.validation_bytes, "a number above 0")
+
+
+@dataclass
+class LanguageEvaluation:
+    """What is measured on the test text."""
+
+    lengths: list[int] = option([512, 8192], "windows, in tokens: the model starts anew at the beginning of each")
+    whole: bool = option(True, "also read each document from first to last byte, the memory carried all the way")
+    max_bytes: float = option(1e6, "measure on at most so many bytes, the beginnings of all documents")
+    sample: int = option(200, "tokens of a sample to generate after the beginning of the first document")
+
+    def __post_init__(self):
+        require(bool(self.lengths) and min(self.lengths) > 0, "evaluation.lengths", self.lengths, "lengths above 0")
+        require(self.max_bytes > 0, "evaluation.max_bytes", self.max_bytes, "a number above 0")
+        require(self.sample >= 0, "evaluation.sample", self.sample, "0 (no sample) or a number of tokens")
+
+
+class Language:
+    """Language modelling; see `titans.training.task.Task` for the methods."""
+
+    name = "language"
+    data_class = LanguageData
+    evaluation_class = LanguageEvaluation
+    picture = "position.png"
+
+    def preset(self) -> dict[str, Any]:
+        """A small byte-level MAC on the standard library's source: about three minutes on two cores."""
+        return {
+            "model": {
+                "type": "titans",
+                "variant": "mac",
+                "hidden_size": 128,
+                "intermediate_size": 256,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_memory_heads": 2,
+                "memory_depth": 2,
+                "memory_expansion": 2,
+                "chunk_size": 64,
+                "segment_length": 64,
+                "num_persistent_tokens": 4,
+            },
+            "training": {"length": 512, "batch_size": 16, "tokens": 1.0e6, "learning_rate": 3e-3},
+            "evaluation": {"lengths": [512], "max_bytes": 200_000},
+        }
+
+    def load(self, config: TrainConfig) -> TaskData:
+        from titans.training.text import Corpus, WindowDataset, hold_out, load_tokenizer, stdlib_documents, truncate
+
+        data: LanguageData = config.data
+        if data.train is None:
+            train, validation = list(stdlib_documents("train")), list(stdlib_documents("validation"))
+        else:
+            train = _read(data.train, data)
+            if data.validation is not None:
+                validation = _read(data.validation, data)
+            else:
+                train, validation = hold_out(train, 0.05)
+            if data.test is None:
+                train, _ = hold_out(train, 0.05)
+        tokenizer = load_tokenizer(os.path.expandvars(data.tokenizer))
+        validation = truncate(validation, int(data.validation_bytes))
+        length = config.training.length
+        return TaskData(
+            train=WindowDataset(Corpus.build(train, tokenizer).packed(), length),
+            validation=WindowDataset(Corpus.build(validation, tokenizer).packed(), length),
+            tokenizer=tokenizer,
+        )
+
+    def build_model(self, config: TrainConfig, data: TaskData) -> "PreTrainedModel":
+        from titans.training.models import build_model
+
+        tokenizer = data.tokenizer
+        assert tokenizer is not None
+        return build_model(
+            config.model,
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            seed=config.training.seed,
+        )
+
+    def evaluate(
+        self, model: "PreTrainedModel", tokenizer: Any, data: LanguageData, evaluation: LanguageEvaluation
+    ) -> dict[str, Any]:
+        from titans.training.models import has_constant_state
+        from titans.training.text import Corpus, truncate
+
+        documents = truncate(_test_documents(data), int(evaluation.max_bytes))
+        corpus = Corpus.build(documents, tokenizer)
+        text = "".join(documents).encode()
+        windows: dict[str, int | None] = {str(length): length for length in evaluation.lengths}
+        if evaluation.whole and has_constant_state(model):
+            windows[WHOLE] = None
+        return {
+            "documents": len(documents),
+            "bytes": corpus.num_bytes,
+            "words": corpus.num_words,
+            "tokens": corpus.num_tokens,
+            "gzip_bits_per_byte": 8 * len(gzip.compress(text, 9)) / len(text),
+            "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / len(text),
+            "windows": {name: measure(model, corpus, length) for name, length in windows.items()},
+            "sample": _sample(model, tokenizer, documents[0], evaluation.sample) if evaluation.sample else None,
+        }
+
+    def summary(self, metrics: dict[str, Any]) -> dict[str, float]:
+        windows = metrics["windows"].items()
+        bits = {f"bits per byte @ {name}": window["bits_per_byte"] for name, window in windows}
+        return bits | {f"word perplexity @ {name}": window["word_perplexity"] for name, window in windows}
+
+    def report(self, metrics: dict[str, Any]) -> str:
+        windows = metrics["windows"]
+        names = {name: "memory carried" if name == WHOLE else f"anew every {name}" for name in windows}
+        lines = [
+            f"{metrics['bytes']:,} bytes of {metrics['documents']} held-out documents",
+            "",
+            "| | bits per byte | word perplexity |",
+            "|---|---:|---:|",
+        ]
+        for name, window in windows.items():
+            lines.append(f"| {names[name]} | {window['bits_per_byte']:.3f} | {window['word_perplexity']:,.1f} |")
+        lines += [f"| {packer} | {metrics[packer + '_bits_per_byte']:.3f} | |" for packer in ("gzip", "xz")]
+        lines += ["", "Bits per byte by position in the document:", ""]
+        lines += ["| tokens | " + " | ".join(names.values()) + " |", "|---:|" + "---:|" * len(names)]
+        for rows in zip(*(window["positions"] for window in windows.values()), strict=True):
+            values = " | ".join(f"{row['bits_per_byte']:.3f}" for row in rows)
+            lines.append(f"| {rows[0]['from']:,} to {rows[0]['to']:,} | {values} |")
+        if metrics["sample"]:
+            lines += ["", "A sample, after the beginning of a held-out document:", "", "```"]
+            lines += [metrics["sample"]["prompt"] + metrics["sample"]["text"], "```"]
+        return "\n".join(lines)
+
+    def plot(self, metrics: dict[str, dict[str, Any]], path: Path) -> None:
+        from matplotlib.figure import Figure
+
+        longest = {name: list(m["windows"])[-1] for name, m in metrics.items()}
+        names = list(next(iter(metrics.values()))["windows"]) if len(metrics) == 1 else None
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.add_subplot(xlabel="position in the document (tokens)", ylabel="bits per byte", xscale="log")
+        for name, m in metrics.items():
+            for window in names or [longest[name]]:
+                rows = m["windows"][window]["positions"]
+                label = f"{name}, {'memory carried' if window == WHOLE else f'anew every {window}'}"
+                axes.plot([row["to"] for row in rows], [row["bits_per_byte"] for row in rows], marker="o", label=label)
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+        figure.savefig(path, dpi=120)
+
+
+task = Language()
+
+
+def _read(source: str, data: LanguageData) -> list[str]:
+    from titans.training.text import read_documents
+
+    path = os.path.expandvars(source)
+    if "$" in path:
+        raise ValueError(f"data={source!r} names an environment variable that is not set; set it or write the path")
+    return list(read_documents(path, data.text_field))
+
+
+def _test_documents(data: LanguageData) -> list[str]:
+    from titans.training.text import hold_out, stdlib_documents
+
+    if data.test is not None:
+        return _read(data.test, data)
+    if data.train is None:
+        return list(stdlib_documents("test"))
+    train = _read(data.train, data)
+    if data.validation is None:
+        train, _ = hold_out(train, 0.05)
+    return hold_out(train, 0.05)[1]
+
+
+def measure(model: "PreTrainedModel", corpus: "Corpus", window: int | None) -> dict[str, Any]:
+    """Bits per byte and word perplexity of a corpus read in windows (None: whole documents), and by position.
+
+    Every byte counts once: the first token of a window is predicted from the one before it (of a document: from the
+    end-of-text token) and nothing else.
+    """
+    import numpy as np
+
+    nats = token_nats(model, corpus, window)
+    total = sum(float(n.sum()) for n in nats)
+    bytes_per_token = corpus.num_bytes / corpus.num_tokens
+    edges = [0, _FIRST_BUCKET]
+    while edges[-1] < max(map(len, nats)):
+        edges.append(2 * edges[-1])
+    positions = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        part = np.concatenate([n[start:end] for n in nats])
+        bits = float(part.mean()) / math.log(2) / bytes_per_token
+        positions.append({"from": start, "to": end, "tokens": len(part), "bits_per_byte": bits})
+    return {
+        "bits_per_byte": total / math.log(2) / corpus.num_bytes,
+        "word_perplexity": math.exp(min(total / max(1, corpus.num_words), 700)),
+        "positions": positions,
+    }
+
+
+def token_nats(model: "PreTrainedModel", corpus: "Corpus", window: int | None) -> "list[np.ndarray]":
+    """The negative log-likelihood of every token, float64 [tokens] a document.
+
+    The model starts anew every `window` tokens of a document (None: never). Windows are batched, longest first, and
+    read piece by piece with the model's cache, so that memory does not grow with a document's length.
+    """
+    import numpy as np
+
+    rows = [
+        (document, start, min(start + (window or len(ids)), len(ids)))
+        for document, ids in enumerate(corpus.ids)
+        for start in range(0, len(ids), window or len(ids))
+    ]
+    rows.sort(key=lambda row: row[1] - row[2])
+    nats = [np.zeros(len(ids)) for ids in corpus.ids]
+    begin = 0
+    while begin < len(rows):
+        size = max(1, 4 * _PIECE // min(_PIECE, rows[begin][2] - rows[begin][1]))
+        batch = rows[begin : begin + size]
+        begin += size
+        read = _batch_nats(model, [_window_ids(corpus, *row) for row in batch])
+        for (document, start, end), values in zip(batch, read, strict=True):
+            nats[document][start:end] = values[: end - start]
+    return nats
+
+
+def _window_ids(corpus: "Corpus", document: int, start: int, end: int) -> "np.ndarray":
+    """The token before the window and those of the window: [end - start + 1]."""
+    import numpy as np
+
+    ids = corpus.ids[document]
+    before = ids[start - 1] if start else corpus.eos_token_id
+    return np.concatenate([[before], ids[start:end]]).astype(np.int64)
+
+
+def _batch_nats(model: "PreTrainedModel", windows: "list[np.ndarray]") -> "np.ndarray":
+    """Negative log-likelihoods [B, T] of windows [T_i + 1], the longest first; beyond a window's end they mean nothing."""
+    import numpy as np
+    import torch
+
+    from titans.training.models import read_on
+
+    batch = np.zeros((len(windows), len(windows[0])), dtype=np.int64)
+    for row, ids in zip(batch, windows, strict=True):
+        row[: len(ids)] = ids  # what is past the end comes later, so no mask is needed
+    ids = torch.from_numpy(batch).to(model.device)
+    cache, nats = None, []
+    with torch.inference_mode():
+        for inputs, targets in zip(ids[:, :-1].split(_PIECE, 1), ids[:, 1:].split(_PIECE, 1), strict=True):
+            logits, cache = read_on(model, inputs, cache)
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+            nats.append(loss.view_as(targets).cpu())
+    return torch.cat(nats, 1).double().numpy()
+
+
+def _sample(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", document: str, tokens: int
+) -> dict[str, str]:
+    """What the model writes after the first lines of a document; the same every time."""
+    import torch
+    from transformers import set_seed
+
+    prompt = document[:200].rsplit("\n", 1)[0] or document[:200]
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    set_seed(0)
+    with torch.inference_mode():
+        output = model.generate(**ids, max_new_tokens=tokens, do_sample=True, temperature=0.7, top_p=0.95)
+    return {"prompt": prompt, "text": tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)}

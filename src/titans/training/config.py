@@ -1,0 +1,160 @@
+"""What defines a run, and the parser that checks it: YAML, dotted options and Python values go one way.
+
+No torch here: the command line builds its help from these classes.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentError, ArgumentParser, get_loader
+
+if TYPE_CHECKING:
+    from titans.training.task import Task
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its default (a list or dict is copied) and its help text."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+def require(valid: bool, name: str, value: Any, mend: str) -> None:
+    """Raises ValueError naming the argument, its value and the mend."""
+    if not valid:
+        raise ValueError(f"{name}={value!r} is not valid; use {mend}")
+
+
+@dataclass
+class TrainingConfig:
+    """How long, how fast and with what care a model is trained."""
+
+    length: int = option(512, "tokens of a training window")
+    batch_size: int = option(16, "windows of a step, all devices together")
+    gradient_accumulation: int = option(1, "steps whose gradients are added up before the weights move")
+    tokens: float = option(1e6, "budget: tokens seen in training; may be written 2e6")
+    learning_rate: float = option(2e-3, "peak step size of AdamW, reached after warm-up, then falling along a cosine")
+    warmup: float = option(0.05, "fraction of the run in which the step size rises from zero")
+    weight_decay: float = option(0.1, "of matrices; norms, biases, gates and other vectors have none")
+    max_grad_norm: float = option(1.0, "longer gradients are scaled down to this norm")
+    bf16: bool = option(False, "bfloat16 autocast; weights, optimizer and memory state stay float32")
+    eval_every: float = option(0.1, "validate and save a checkpoint every so many steps, or fraction of the run if < 1")
+    seed: int = option(0, "of initialisation and of the order of the windows")
+
+    def __post_init__(self):
+        for name in ("length", "batch_size", "gradient_accumulation", "tokens", "learning_rate", "eval_every"):
+            require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "a number above 0")
+        for name in ("weight_decay", "max_grad_norm", "seed"):
+            require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "a number of at least 0")
+        require(self.length > 1, "training.length", self.length, "at least 2: a token and the next")
+        require(0 <= self.warmup < 1, "training.warmup", self.warmup, "a fraction of the run, at least 0 and below 1")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that see `tokens` tokens (at least one)."""
+        return max(1, round(self.tokens / (self.length * self.batch_size * self.gradient_accumulation)))
+
+
+@dataclass
+class TrainConfig:
+    """One run. `data` and `evaluation` are dataclasses of the task."""
+
+    task: str
+    output: str | None
+    model: dict[str, Any]
+    data: Any
+    evaluation: Any
+    training: TrainingConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to a run's config.yaml."""
+        return asdict(self)
+
+
+class ConfigParser(ArgumentParser):
+    """Raises ValueError for a bad key, naming the nearest valid one."""
+
+    def error(self, message: str, ex: Exception | None = None):
+        unknown = re.search(r"(?:unrecognized arguments: --|Option '|does not accept option ')([\w.+-]+)", message)
+        if unknown:
+            key = unknown.group(1).partition("=")[0]
+            valid = [name.removeprefix("--") for name in self._option_string_actions if name.startswith("--")]
+            close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+            mend = f"did you mean {close[0]!r}?" if close else "see --help for the valid keys"
+            raise ValueError(f"{key!r} is no option; {mend}")
+        raise ValueError(re.sub(r"\s*\n\s*", " ", message))
+
+
+def config_parser(task: "Task", **kwargs: Any) -> ConfigParser:
+    """The parser of a task's runs: `--config FILE.yaml`, then every key as a dotted option.
+
+    Defaults are those of the task's preset, its main experiment.
+    """
+    preset = task.preset()
+    parser = ConfigParser(**kwargs)
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
+    parser.add_argument("--task", type=str, default=task.name, help="what is learned")
+    parser.add_argument("--output", type=str | None, default=None, help="folder of the run; by default runs/TASK-DATE")
+    parser.add_argument(
+        "--model",
+        type=dict[str, Any],
+        default=preset.get("model", {}),
+        help="type (titans, llama, sliding_llama, mamba2, gated_delta_net) and the fields of its configuration, "
+        "as in --model.variant mag",
+    )
+    parts = {"data": task.data_class, "evaluation": task.evaluation_class, "training": TrainingConfig}
+    for part, cls in parts.items():
+        for f in fields(cls):
+            default = f.default if f.default is not MISSING else f.default_factory()
+            default = preset.get(part, {}).get(f.name, default)
+            parser.add_argument(f"--{part}.{f.name}", type=f.type, default=default, help=f.metadata["help"])
+    return parser
+
+
+def parse_config(
+    task: "Task",
+    values: dict[str, Any] | None = None,
+    arguments: Sequence[str] | None = None,
+    parser: ConfigParser | None = None,
+) -> TrainConfig:
+    """Checks `values` (nested plain values) or `arguments` (options) against the task's keys.
+
+    Raises:
+        ValueError: an unknown key (the message names the nearest valid one) or a value of the wrong type or range.
+    """
+    parser = parser or config_parser(task)
+    try:
+        checked = parser.parse_object(values or {}) if arguments is None else parser.parse_args(list(arguments))
+    except ArgumentError as error:
+        parser.error(str(error))
+    plain = checked.as_dict()
+    return TrainConfig(
+        task=task.name,
+        output=plain["output"],
+        model=plain["model"],
+        data=task.data_class(**plain["data"]),
+        evaluation=task.evaluation_class(**plain["evaluation"]),
+        training=TrainingConfig(**plain["training"]),
+    )
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file's mapping, with numbers such as 2e6 read as numbers.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, or not a mapping.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a YAML file")
+    try:
+        values = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
+    except Exception as error:  # yaml has a family of types
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no mapping; write `key: value` lines")
+    return values

@@ -1,0 +1,236 @@
+"""One training run, through the transformers Trainer."""
+
+import json
+import math
+import os
+import re
+import shutil
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from titans.training.config import TrainConfig
+from titans.training.provenance import provenance
+from titans.training.task import Task, TaskData
+
+_NO_DECAY = re.compile(r"(^|\.)(gates?|bias|\w*norm\w*|persistent\w*)(\.|$)")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Whole or not at all: a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def train(
+    config: TrainConfig, task: Task, *, resume: bool = False, evaluate: bool = True, progress: bool = True
+) -> dict[str, Any]:
+    """Trains one model and fills its run folder `config.output`.
+
+    Args:
+        resume: go on from the folder's last checkpoint (to results identical to an uninterrupted run's).
+        evaluate: measure the task's metrics at the end; otherwise the validation loss alone.
+        progress: show a progress bar.
+
+    Returns:
+        What `result.json` holds: validation loss, metrics, speed, date, versions.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+        ValueError: a checkpoint that cannot be read.
+    """
+    if config.output is None:
+        raise ValueError("output=None is not valid; use the folder the run is to fill")
+    folder = Path(config.output)
+    checkpoint = last_checkpoint(folder) if resume else None
+    data = task.load(config)
+    model = task.build_model(config, data)
+    write_atomically(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+    clock = _Clock()
+    trainer = _Trainer(
+        model=model,
+        args=_arguments(config, folder, progress),
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        callbacks=[clock, _MetricsFile(folder / "metrics.jsonl"), _tensorboard(folder)],
+    )
+    _check_enough(config, data)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    result: dict[str, Any] = {
+        "parameters": model.num_parameters(),
+        "validation_loss": trainer.evaluate()["eval_loss"],
+        "tokens": config.training.steps * _tokens_per_step(config),
+        "tokens_per_second": clock.steps * _tokens_per_step(config) / max(clock.seconds, 1e-9),
+        "training_seconds": clock.seconds,
+        "provenance": provenance(),
+    }
+    _plot_loss(trainer.state.log_history, folder / "loss.png")
+    model.eval()
+    if evaluate:
+        result["metrics"] = task.evaluate(model, data.tokenizer, config.data, config.evaluation)
+        task.plot({config.model.get("variant", config.model.get("type", "model")): result["metrics"]}, folder / task.picture)
+    _save(model, data, folder)
+    write_atomically(folder / "result.json", json.dumps(result, indent=1))
+    return result
+
+
+class _Trainer(Trainer):
+    """The Trainer with two differences: it stops at a loss that is not finite, and gates and norms do not decay."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower training.learning_rate "
+                f"(now {self.args.learning_rate}) or lengthen training.warmup"
+            )
+        return loss
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return [name for name, p in model.named_parameters() if p.ndim >= 2 and not _NO_DECAY.search(name)]
+
+
+def _arguments(config: TrainConfig, folder: Path, progress: bool) -> TrainingArguments:
+    training = config.training
+    interval = training.eval_every if training.eval_every >= 1 else max(1, round(training.eval_every * training.steps))
+    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=training.steps,
+        per_device_train_batch_size=max(1, training.batch_size // devices),
+        per_device_eval_batch_size=max(1, training.batch_size // devices),
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(training.warmup * training.steps),
+        weight_decay=training.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=training.max_grad_norm,
+        bf16=training.bf16,
+        seed=training.seed,
+        eval_strategy="steps",
+        eval_steps=interval,
+        save_strategy="steps",
+        save_steps=interval,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        logging_steps=max(1, training.steps // 100),
+        logging_nan_inf_filter=False,
+        prediction_loss_only=True,
+        dataloader_drop_last=True,
+        report_to="none",
+        disable_tqdm=not progress,
+    )
+
+
+def _tokens_per_step(config: TrainConfig) -> int:
+    return config.training.length * config.training.batch_size * config.training.gradient_accumulation
+
+
+def _check_enough(config: TrainConfig, data: TaskData) -> None:
+    if len(data.train) < config.training.batch_size:  # type: ignore[arg-type]
+        raise ValueError(
+            f"training.batch_size={config.training.batch_size} is more than the {len(data.train)} windows "  # type: ignore[arg-type]
+            "of the training text; use a smaller batch, a shorter training.length or more text"
+        )
+
+
+class _Clock(TrainerCallback):
+    """Time spent in training steps alone, without evaluation and saving; the first step warms up and is not counted."""
+
+    def __init__(self):
+        self.steps, self.seconds, self._start, self._warm = 0, 0.0, 0.0, False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._warm:
+            self.steps += 1
+            self.seconds += time.perf_counter() - self._start
+        self._warm = True
+
+
+class _MetricsFile(TrainerCallback):
+    """All that was logged, one JSON a line; after a resume, without what an interrupted run had logged beyond it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in state.log_history))
+
+
+def _tensorboard(folder: Path) -> TensorBoardCallback:
+    return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard")))
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint below a run's folder, checked to be readable; None if there is none.
+
+    Raises:
+        FileNotFoundError: the folder is no run.
+        ValueError: a truncated or damaged file, named.
+    """
+    if not (folder / "config.yaml").exists():
+        raise FileNotFoundError(f"resume={str(folder)!r} is no run: it holds no config.yaml; give a run's folder")
+    checkpoints = folder / "checkpoints"
+    newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if newest is None:
+        return None
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"):
+        path = Path(newest) / name
+        try:
+            if name.endswith(".safetensors"):
+                with safe_open(path, "pt") as tensors:
+                    tensors.keys()
+            elif name.endswith(".json"):
+                json.loads(path.read_text(encoding="utf-8"))
+            elif zipfile.ZipFile(path).testzip():
+                raise ValueError("its checksums are wrong")
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}); delete {newest} to go on from the checkpoint before it, "
+                "or from the start"
+            ) from error
+    return newest
+
+
+def _save(model: Any, data: TaskData, folder: Path) -> None:
+    """Model and tokenizer at the run's top level, the weights last and each file whole."""
+    temporary = folder / ".saving"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    if data.tokenizer is not None:
+        data.tokenizer.save_pretrained(temporary)
+    for path in sorted(temporary.iterdir(), key=lambda p: p.suffix == ".safetensors"):
+        os.replace(path, folder / path.name)
+    temporary.rmdir()
+
+
+def _plot_loss(history: list[dict[str, float]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="nats a token")
+    for key, label in (("loss", "training"), ("eval_loss", "validation")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

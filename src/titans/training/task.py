@@ -1,0 +1,64 @@
+"""What a task is to training and comparing: a file in `titans.tasks` with an object of this shape."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from titans.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """What training needs: items are dicts of tensors that the model's forward takes, `labels` among them."""
+
+    train: "Dataset"
+    validation: "Dataset"
+    tokenizer: "PreTrainedTokenizerBase | None"
+
+
+class Task(Protocol):
+    """One task: its data, its metric, its presets. Importing it must not import torch.
+
+    Attributes:
+        name: as in `titans train --task NAME`.
+        data_class: dataclass of the options under `data`; every field made by `option`.
+        evaluation_class: the same for `evaluation`.
+        picture: file name of its picture in a run's folder.
+    """
+
+    name: str
+    data_class: type
+    evaluation_class: type
+    picture: str
+
+    def preset(self) -> dict[str, Any]:
+        """The main experiment: nested values that replace the defaults of the options."""
+        ...
+
+    def load(self, config: "TrainConfig") -> TaskData:
+        """Reads the data."""
+        ...
+
+    def build_model(self, config: "TrainConfig", data: TaskData) -> "PreTrainedModel":
+        """A freshly initialised model of `config.model`, seeded with `config.training.seed`."""
+        ...
+
+    def evaluate(self, model: "PreTrainedModel", tokenizer: Any, data: Any, evaluation: Any) -> dict[str, Any]:
+        """All held-out metrics, as values that JSON can hold. `data` and `evaluation` are the two dataclasses."""
+        ...
+
+    def summary(self, metrics: dict[str, Any]) -> dict[str, float]:
+        """The numbers of a comparison's table, by column; the first one is the headline."""
+        ...
+
+    def report(self, metrics: dict[str, Any]) -> str:
+        """What a person wants to read after a run, as markdown."""
+        ...
+
+    def plot(self, metrics: dict[str, dict[str, Any]], path: Path) -> None:
+        """A picture of several runs' metrics, by name."""
+        ...
