@@ -1,4 +1,4 @@
-"""How near two results must be, per dtype, in one place. All bounds are relative to the largest entry of what is expected."""
+"""How near two results must be, per dtype, in one place; bounds are relative to the largest expected entry."""
 
 from collections.abc import Mapping, Sequence
 

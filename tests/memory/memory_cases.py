@@ -81,7 +81,7 @@ def make(network=OPTIONS["default"], B=2, T=13, H=2, D=4, C=4, dtype=torch.float
 
     q, k = (F.normalize(normal(B, T, H, D), dim=-1) for _ in range(2))
     lr = 0.02 * torch.sigmoid(normal(B, T, H))
-    log_momentum, log_retention = F.logsigmoid(normal(B, T, H)), F.logsigmoid(3 + normal(B, T, H))
+    log_momentum, log_retention = F.logsigmoid(normal(B, T, H)), F.logsigmoid(6 + normal(B, T, H))
     where = torch.rand(B, T, H, generator=g)
     lr[where < 0.1] = 0
     log_retention[where > 0.9] = 0

@@ -9,7 +9,9 @@ C = 16
 
 
 def assert_same(case, state=None, mask=None):
-    for got, expected in zip(gradients(case, "chunked", state, mask), gradients(case, "reference", state, mask), strict=True):
+    for got, expected in zip(
+        gradients(case, "chunked", state, mask), gradients(case, "reference", state, mask), strict=True
+    ):
         assert_equal(got, expected)
 
 

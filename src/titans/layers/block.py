@@ -31,6 +31,7 @@ class Block(nn.Module):
             y, state = self.mix(self.mix_norm(x), state, None)
         else:
             index, lengths, undo = align(mask)
+            x = x.masked_fill(~mask.unsqueeze(-1), 0)
             y, state = self.mix(take(self.mix_norm(x), index), state, lengths)
             y = take(y, undo)
         x = x + y

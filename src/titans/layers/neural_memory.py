@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans.layers.common import ShortConvolution, require_finite
-from titans.memory import MemoryInfo, MemoryMLP, MemoryState, neural_memory
+from titans.memory import MemoryMLP, MemoryState, neural_memory
 from titans.memory.pieces import align, check_mask, take
 
 GATES = ("sigmoid", "write")
@@ -26,7 +26,7 @@ class NeuralMemory(nn.Module):
         gate: how theta (step), eta (momentum) and alpha (forgetting) come from a token.
             ``"sigmoid"``: the paper's, each a sigmoid of its own.
             ``"write"``: one gate g in [0, 1] that reaches 0 and 1 exactly; theta = max_lr g, alpha = sigmoid(.) g, so
-            that where nothing is written nothing is forgotten; where g = 0 the momentum stands still, too.
+            that where nothing is written nothing is forgotten.
         max_lr: largest theta.
         conv_size: length of the causal convolution over queries, keys and values; 1 for none.
         backend: see ``titans.memory.neural_memory``.
@@ -108,15 +108,16 @@ class NeuralMemory(nn.Module):
         lengths = undo = None
         if mask is not None:
             index, lengths, undo = align(mask)
-            x, mask = take(x, index), take(mask, index)
+            mask = take(mask, index)
+            x = take(x, index).masked_fill(~mask.unsqueeze(-1), 0)
         state = self.initial_state(x.shape[0]) if state is None else state
 
         qkv, conv = self.conv(self.qkv_proj(x), state.conv, lengths)
         q, k, v = F.silu(qkv).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)
         lr, log_momentum, log_retention = self.gates(x)
-        y, state, info = neural_memory(
+        y, state, *info = neural_memory(
             _unit(q), _unit(k), v, lr, log_momentum, log_retention, tuple(self.weights), network=self.network,
-            chunk_size=self.chunk_size, state=state, mask=mask, backend=self.backend, return_info=True,
+            chunk_size=self.chunk_size, state=state, mask=mask, backend=self.backend, return_info=return_info,
         )  # type: ignore[misc]  # fmt: skip
         y, state = self._output(y, x), replace(state, conv=conv)
         if undo is not None:
@@ -124,9 +125,8 @@ class NeuralMemory(nn.Module):
         if not return_info:
             return y, state
         seen = {"lr": lr, "momentum": log_momentum.exp(), "forget": -torch.expm1(log_retention)}
-        if undo is not None:
-            seen, info = {k: take(t, undo) for k, t in seen.items()}, MemoryInfo(*(take(t, undo) for t in info))
-        return y, state, {**info._asdict(), **seen}
+        seen = {**info[0]._asdict(), **seen}
+        return y, state, seen if undo is None else {name: take(t, undo) for name, t in seen.items()}
 
     def read(self, x: Tensor, maps: tuple[Tensor, ...]) -> Tensor:
         """Asks a memory that stands still: M*(x W_Q), eq. 21; no write, no convolution (its window is the write's).
@@ -147,7 +147,7 @@ class NeuralMemory(nn.Module):
         if self.gate == "sigmoid":
             return self.max_lr * torch.sigmoid(write), F.logsigmoid(momentum), F.logsigmoid(-forget)
         g = F.hardsigmoid(write)
-        return self.max_lr * g, F.logsigmoid(momentum) * (g > 0), torch.log1p(-torch.sigmoid(forget) * g)
+        return self.max_lr * g, F.logsigmoid(momentum), torch.log1p(-torch.sigmoid(forget) * g)
 
     def _output(self, y: Tensor, x: Tensor) -> Tensor:
         return self.out_proj(self.out_norm(y).flatten(-2) * F.silu(self.out_gate(x)))

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from titans.memory.gates import ChunkMasks, chunk_masks
-from titans.memory.network import MemoryMLP
+from titans.memory.network import MemoryMLP, safe_sqrt
 from titans.memory.pieces import Cut, Piece
+from titans.memory.scan import advance, dual, scan
 from titans.memory.state import MemoryState
 
 Tensors = Sequence[Tensor]
@@ -15,7 +16,7 @@ Tensors = Sequence[Tensor]
 
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, affine: Tensors, network: MemoryMLP,
-    state: MemoryState, lengths: Tensor | None,
+    state: MemoryState, lengths: Tensor | None, info: bool,
 ) -> tuple[Tensor, MemoryState, Tensor, Tensor]:  # fmt: skip
     """Reads and writes chunk by chunk; nothing of size [tokens, d_in, d_out] ever exists.
 
@@ -24,15 +25,17 @@ def chunked(
         gates: [B, T, H, 3] = (lr, log_momentum, log_retention), in the state's dtype.
         affine: gain and bias [H, D] of the norm, or ().
         lengths: [B], real tokens of each row; None: T in every row.
+        info: also work out surprise and loss; without it, whole chunks take the fast path.
 
     Returns:
-        out [B, T, H, D], the state after the last token, surprise (norm of the gradient) and loss, both [B, T, H].
+        out [B, T, H, D], the state after the last token, surprise (norm of the gradient) and loss, both [B, T, H] (empty
+        without ``info``).
     """
     B, T, H, _ = q.shape
     C, L, dtype = state.chunk_size, network.depth, q.dtype
     G = B * H  # every memory by itself: [B, T, H, ...] becomes [G, T, ...]
 
-    cut = Cut(state.position.repeat_interleave(H), None if lengths is None else lengths.repeat_interleave(H), T, C)
+    cut = Cut(state.position.repeat_interleave(H), None if lengths is None else lengths.repeat_interleave(H), T, C, not info)
     split = [cut.split(x.transpose(1, 2).flatten(0, 1)) for x in (q, k, v, gates)]
     weights, momentum = [w.flatten(0, 1) for w in state.weights], [s.flatten(0, 1) for s in state.momentum]
     start = [h.flatten(0, 1) for h in (*state.inputs, *state.signals, state.gates)]
@@ -41,13 +44,18 @@ def chunked(
 
     outs, surprises, losses = [], [], []
     for piece, q_, k_, v_, gates_ in zip(cut.pieces, *split, strict=True):
+        if not info and piece.is_whole(C):
+            out, weights, momentum = scan(q_, k_, v_, gates_, weights, momentum, norm, network, C)
+            outs.append(out)
+            continue
         operands = [w.to(dtype) for w in weights]
         x, d, loss = network.trace(operands, norm, k_, v_)
-        surprises.append(_surprise(x, d, loss.dtype))
-        losses.append(loss)
+        if info:
+            surprises.append(_surprise(x, d, loss.dtype))
+            losses.append(loss)
         held = [piece.place(new, old, C) for new, old in zip((*x, *d, gates_), held, strict=True)]
         x, d, masks = held[:L], held[L:-1], chunk_masks(held[-1])
-        read = _dual(operands, [s.to(dtype) for s in momentum], x, d, masks, piece)
+        read = _reader(operands, [s.to(dtype) for s in momentum], x, d, masks, piece)
         outs.append(network.forward(q_, read, norm))
         if piece.closes is not False:
             closed = advance(weights, momentum, x, d, masks)
@@ -64,45 +72,29 @@ def chunked(
         joined = cut.join(pieces, like.transpose(1, 2).reshape(G, T, *like.shape[3:]))
         return joined.unflatten(0, (B, H)).transpose(1, 2)
 
+    if not info:
+        return whole(outs, q), end, gates.new_empty(0), gates.new_empty(0)
     return whole(outs, q), end, whole(surprises, gates[..., 0]), whole(losses, gates[..., 0])
-
-
-def advance(
-    weights: Tensors, momentum: Tensors, x: Tensors, d: Tensors, masks: ChunkMasks
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and momentum [..., d_in, d_out] after all tokens of a chunk (empty slots change nothing)."""
-    to_weights, to_momentum = masks.write[..., -1, :, None], masks.momentum_write
-    new_weights, new_momentum = [], []
-    for w, s, x_i, d_i in zip(weights, momentum, x, d, strict=True):
-        if x_i.shape[-1] < d_i.shape[-1]:  # scale the narrower side, once for the weights and once for the momentum
-            both = torch.cat([x_i * to_weights, x_i * to_momentum], -1).to(x_i.dtype).mT @ d_i
-            dw, ds = both.chunk(2, -2)
-        else:
-            both = x_i.mT @ torch.cat([d_i * to_weights, d_i * to_momentum], -1).to(x_i.dtype)
-            dw, ds = both.chunk(2, -1)
-        new_weights.append(masks.keep[..., -1:, :] * w + masks.carry[..., -1:, :] * s - dw)
-        new_momentum.append(masks.momentum_keep * s - ds)
-    return new_weights, new_momentum
 
 
 def current_maps(state: MemoryState) -> list[Tensor]:
     """The memory's linear maps [B, H, d_in, d_out] as they stand after the last token, open chunk included."""
+    slots = torch.arange(state.chunk_size, device=state.gates.device)
+    empty = (slots >= (state.position % state.chunk_size).unsqueeze(1)).view(-1, 1, state.chunk_size)
+    lr, log_momentum, log_retention = state.gates.unbind(-1)
+    # momentum moves the memory at every step: it has to end with the last token, or empty slots would add it again
+    gates = torch.stack([lr, log_momentum.masked_fill(empty, -torch.inf), log_retention], -1)
     with torch.autocast(state.gates.device.type, enabled=False):
-        return advance(state.weights, state.momentum, state.inputs, state.signals, chunk_masks(state.gates))[0]
+        return advance(state.weights, state.momentum, state.inputs, state.signals, chunk_masks(gates))[0]
 
 
-def _dual(weights: Tensors, momentum: Tensors, x: Tensors, d: Tensors, masks: ChunkMasks, piece: Piece):
+def _reader(weights: Tensors, momentum: Tensors, x: Tensors, d: Tensors, masks: ChunkMasks, piece: Piece):
     """The linear maps of the memory at every token of the piece, applied without being formed."""
-    dtype = weights[0].dtype
-    write, keep, carry = (piece.rows(m).to(dtype) for m in (masks.write, masks.keep, masks.carry))
+    write, keep, carry = (piece.rows(m) for m in (masks.write, masks.keep, masks.carry))
 
     def linear(i: int, h: Tensor) -> Tensor:
-        w, s, x_i, d_i = weights[i], momentum[i], x[i].to(dtype), d[i].to(dtype)
-        if w.shape[-2] < w.shape[-1]:  # again the narrower side
-            state = torch.baddbmm(torch.bmm(h * keep, w), h * carry, s)
-        else:
-            state = torch.addcmul(torch.bmm(h, w) * keep, torch.bmm(h, s), carry)
-        return torch.baddbmm(state, torch.bmm(h, x_i.mT) * write, d_i, alpha=-1)
+        x_i, d_i = x[i].to(h.dtype), d[i].to(h.dtype)
+        return dual(h, torch.bmm(h, x_i.mT) * write, weights[i], momentum[i], d_i, keep, carry)
 
     return linear
 
@@ -110,4 +102,4 @@ def _dual(weights: Tensors, momentum: Tensors, x: Tensors, d: Tensors, masks: Ch
 def _surprise(x: Tensors, d: Tensors, dtype: torch.dtype) -> Tensor:
     """Frobenius norm of every token's gradient, all maps together: [..., T]."""
     squares = [a.to(dtype).square().sum(-1) * b.to(dtype).square().sum(-1) for a, b in zip(x, d, strict=True)]
-    return torch.stack(squares).sum(0).sqrt()
+    return safe_sqrt(torch.stack(squares).sum(0))

@@ -78,19 +78,20 @@ def neural_memory(
 
     norm = tuple(a.to(dtype) for a in affine) if affine else ()
     with torch.autocast(q.device.type, enabled=False):  # precision here follows the arguments, never a context
-        out, end, info = _run(q, k, v, gates, norm, network, state, mask, backend)
+        out, end, info = _run(q, k, v, gates, norm, network, state, mask, backend, return_info)
     return (out, end, info) if return_info else (out, end)
 
 
-def _run(q, k, v, gates, norm, network, state, mask, backend) -> tuple[Tensor, MemoryState, MemoryInfo]:
+def _run(q, k, v, gates, norm, network, state, mask, backend, return_info) -> tuple[Tensor, MemoryState, MemoryInfo]:
     if backend == "reference":
         out, end, *info = reference(q, k, v, gates, norm, network, state, mask)
     elif mask is None:
-        out, end, *info = chunked(q, k, v, gates, norm, network, state, None)
+        out, end, *info = chunked(q, k, v, gates, norm, network, state, None, return_info)
     else:
         index, lengths, undo = align(mask)
-        out, end, *info = chunked(*(take(x, index) for x in (q, k, v, gates)), norm, network, state, lengths)
-        out, *info = (take(x, undo) for x in (out, *info))
+        aligned = (take(x, index) for x in (q, k, v, gates))
+        out, end, *info = chunked(*aligned, norm, network, state, lengths, return_info)
+        out, *info = (take(x, undo) if x.numel() else x for x in (out, *info))
     return out, end, MemoryInfo(*info)
 
 

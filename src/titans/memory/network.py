@@ -104,6 +104,10 @@ class MemoryMLP:
         for layer in range(self.depth - 1):
             h = activation(linear(layer, h))
         out = linear(self.depth - 1, h)
+        return self.finish(x, out, affine)
+
+    def finish(self, x: Tensor, out: Tensor, affine: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Norm and residual after the last linear map: its output ``out`` at the input ``x``, both [..., D]."""
         if self.norm:
             out = self._affine(F.layer_norm(out, out.shape[-1:], eps=self.norm_eps), affine)
         return x + out if self.residual else out
@@ -132,13 +136,13 @@ class MemoryMLP:
             x, slope = _ActivationAndSlope.apply(inputs[-1] @ w, self.activation)  # type: ignore[misc]
             inputs.append(x)
             slopes.append(slope)
-        signal, loss = self._output_signal(inputs[-1] @ maps[-1], affine, k, v)
+        signal, loss = self.output_signal(inputs[-1] @ maps[-1], affine, k, v)
         signals = [signal]
         for w, slope in zip(reversed(maps[1:]), reversed(slopes), strict=True):
             signals.append((signals[-1] @ w.mT) * slope)
         return inputs, signals[::-1], loss
 
-    def _output_signal(self, out: Tensor, affine, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def output_signal(self, out: Tensor, affine, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Gradient of the loss at the last map's output, and the loss, through residual and LayerNorm."""
         dtype, out, target = k.dtype, _at_least_float32(out), _at_least_float32(v)
         if self.residual:
@@ -161,3 +165,8 @@ class MemoryMLP:
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """Square root with gradient 0 at 0."""
+    return x.clamp_min(torch.finfo(x.dtype).tiny).sqrt()

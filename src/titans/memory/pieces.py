@@ -52,6 +52,10 @@ class Piece:
     valid: Tensor | None
     closes: bool | Tensor
 
+    def is_whole(self, size: int) -> bool:
+        """Whether these are whole chunks, the same slots in every row."""
+        return isinstance(self.offset, int) and self.offset == 0 and self.width >= size
+
     def place(self, new: Tensor, held: Tensor | None, size: int) -> Tensor:
         """The chunk's slots [B, size, ...] with ``new`` [B, width, ...] put behind what is ``held`` (None: zeros)."""
         if isinstance(self.offset, int):
@@ -87,23 +91,24 @@ class Cut:
     Args:
         position: [B], tokens read before.
         lengths: [B], real tokens of every left-aligned row; None: T in every row.
+        merge: make whole chunks that follow each other one piece, where all rows stand at the same place.
     """
 
-    def __init__(self, position: Tensor, lengths: Tensor | None, T: int, size: int):
+    def __init__(self, position: Tensor, lengths: Tensor | None, T: int, size: int, merge: bool = False):
         self.index = self.inverse = None
         offsets = (position % size).tolist()
         if lengths is None and len(set(offsets)) <= 1:
-            self.pieces = list(self._even(offsets[0] if offsets else 0, T, size))
+            self.pieces = list(self._even(offsets[0] if offsets else 0, T, size, merge))
         else:
             lengths = torch.full_like(position, T) if lengths is None else lengths
             self.pieces = self._ragged(position % size, lengths, T, size)
         self.T, self.widths = T, [p.width for p in self.pieces]
 
     @staticmethod
-    def _even(offset: int, T: int, size: int):
+    def _even(offset: int, T: int, size: int, merge: bool):
         while T > 0:
-            width = min(size - offset, T)
-            yield Piece(width, offset, None, offset + width == size)
+            width = T // size * size if merge and offset == 0 and T >= size else min(size - offset, T)
+            yield Piece(width, offset, None, (offset + width) % size == 0)
             offset, T = 0, T - width
 
     def _ragged(self, offset: Tensor, lengths: Tensor, T: int, size: int) -> list[Piece]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from titans.memory.network import MemoryMLP
+from titans.memory.network import MemoryMLP, safe_sqrt
 from titans.memory.state import MemoryState
 
 
@@ -16,6 +16,7 @@ def reference(
 ) -> tuple[Tensor, MemoryState, Tensor, Tensor]:  # fmt: skip
     """Reads and writes one token after the other; arguments and results as ``chunked``, but any mask [B, T] will do."""
     B, T, _, _ = q.shape
+    like, (q, k, v) = q, (t.to(gates.dtype) for t in (q, k, v))
     C = state.chunk_size
     real = torch.ones(B, T, dtype=torch.bool, device=q.device) if mask is None else mask
 
@@ -42,7 +43,7 @@ def reference(
         memory, momentum = _where(here, new_memory, memory), _where(here, new_momentum, momentum)
         out = network.apply((*memory, *affine), q[:, t].unsqueeze(2)).squeeze(2)
         outs.append(_where(here, out, torch.zeros_like(out)))
-        surprises.append(sum(g.square().sum((-2, -1)) for g in gradient).sqrt())  # type: ignore[union-attr]
+        surprises.append(safe_sqrt(torch.stack([g.square().sum((-2, -1)) for g in gradient]).sum(0)))
         losses.append(inner_loss(frozen, tuple(affine), k[:, t], v[:, t]))
 
         # the open chunk, kept as layer inputs and signals, is what the state carries
@@ -62,20 +63,22 @@ def reference(
     end = MemoryState(frozen, start_momentum, inputs, signals, open_gates, position)
     if not outs:
         empty = gates.new_zeros(gates.shape[:-1])
-        return torch.zeros_like(q), end, empty, empty
+        return torch.zeros_like(like), end, empty, empty
     real = real.unsqueeze(-1)
-    return torch.stack(outs, 1), end, torch.stack(surprises, 1) * real, torch.stack(losses, 1) * real
+    return torch.stack(outs, 1).to(like.dtype), end, torch.stack(surprises, 1) * real, torch.stack(losses, 1) * real
 
 
 def _replay(state: MemoryState) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Memory and momentum as they stand, from the chunk's start and the open chunk's tokens."""
     memory, momentum = state.weights, state.momentum
-    for s in range(state.chunk_size):  # empty slots hold zeros: they write nothing and keep everything
+    for s in range(state.chunk_size):
+        filled = s < state.position % state.chunk_size
         lr, eta, retention = state.gates[:, :, s, 0], state.gates[:, :, s, 1].exp(), state.gates[:, :, s, 2].exp()
         outer = zip(state.inputs, state.signals, strict=True)
         gradient = [x[:, :, s].unsqueeze(-1) * d[:, :, s].unsqueeze(-2) for x, d in outer]
-        momentum = tuple(_times(eta, m) - _times(lr, g) for m, g in zip(momentum, gradient, strict=True))
-        memory = tuple(_times(retention, w) + m for w, m in zip(memory, momentum, strict=True))
+        new_momentum = tuple(_times(eta, m) - _times(lr, g) for m, g in zip(momentum, gradient, strict=True))
+        new_memory = tuple(_times(retention, w) + m for w, m in zip(memory, new_momentum, strict=True))
+        memory, momentum = _where(filled, new_memory, memory), _where(filled, new_momentum, momentum)
     return memory, momentum
 
 

@@ -77,13 +77,11 @@ class State:
             if f.name in tensors:
                 values[f.name] = tensors[f.name]
             elif inner:
-                values[f.name] = (
-                    nested.from_tensors(inner) if nested else tuple(inner[str(i)] for i in range(len(inner)))
-                )
+                values[f.name] = nested.from_tensors(inner) if nested else _tuple(cls.__name__, f.name, inner)
             elif type(None) in typing.get_args(hints[f.name]):
                 values[f.name] = None
             else:
-                raise ValueError(f"{cls.__name__} needs the tensor {f.name!r}, which is missing; was it saved by another version?")
+                raise ValueError(_missing(cls.__name__, f.name))
         return cls(**values)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -97,6 +95,17 @@ class State:
         if metadata.get("titans") != cls.__name__:
             raise ValueError(f"{path} holds {metadata.get('titans', 'no titans state')!r}, expected {cls.__name__!r}")
         return cls.from_tensors(tensors)
+
+
+def _tuple(owner: str, name: str, items: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    for i in range(len(items)):
+        if str(i) not in items:
+            raise ValueError(_missing(owner, f"{name}.{i}"))
+    return tuple(items[str(i)] for i in range(len(items)))
+
+
+def _missing(owner: str, name: str) -> str:
+    return f"{owner} needs the tensor {name!r}, which is missing; was it saved by another version?"
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str]) -> None:
@@ -140,6 +149,11 @@ class MemoryState(State):
     gates: Tensor
     position: Tensor
     conv: Tensor | None = None
+
+    def __post_init__(self):
+        for name in ("momentum", "inputs", "signals"):
+            if len(getattr(self, name)) != len(self.weights):
+                raise ValueError(_missing("MemoryState", f"{name}.{len(self.weights) - 1}"))
 
     @classmethod
     def initial(cls, maps: Sequence[Tensor], batch: int, chunk_size: int) -> "MemoryState":

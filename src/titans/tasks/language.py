@@ -5,6 +5,7 @@ import lzma
 import math
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from titans.training.task import TaskData
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from titans.training.text import Corpus
 
@@ -27,7 +28,7 @@ class LanguageData:
     """Where the text comes from. Environment variables in paths are expanded."""
 
     train: str | None = option(
-        None, "text file, folder, .jsonl (also .gz, .xz) or data set; by default Python's standard library, as installed"
+        None, "text file, folder, .jsonl (also .gz, .xz) or data set; by default Python's own standard library"
     )
     validation: str | None = option(None, "the same; by default the last 5 % of the training text")
     test: str | None = option(None, "the same; by default 5 % of the training text, before the validation text")
@@ -43,7 +44,7 @@ class LanguageData:
 class LanguageEvaluation:
     """What is measured on the test text."""
 
-    lengths: list[int] = option([512, 8192], "windows, in tokens: the model starts anew at the beginning of each")
+    lengths: list[int] = option([512, 8192], "windows, in tokens: the model starts anew at each")  # noqa: RUF009
     whole: bool = option(True, "also read each document from first to last byte, the memory carried all the way")
     max_bytes: float = option(1e6, "measure on at most so many bytes, the beginnings of all documents")
     sample: int = option(200, "tokens of a sample to generate after the beginning of the first document")
@@ -110,7 +111,6 @@ class Language:
         from titans.training.models import build_model
 
         tokenizer = data.tokenizer
-        assert tokenizer is not None
         return build_model(
             config.model,
             vocab_size=len(tokenizer),
@@ -226,13 +226,13 @@ def measure(model: "PreTrainedModel", corpus: "Corpus", window: int | None) -> d
     while edges[-1] < max(map(len, nats)):
         edges.append(2 * edges[-1])
     positions = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         part = np.concatenate([n[start:end] for n in nats])
         bits = float(part.mean()) / math.log(2) / bytes_per_token
         positions.append({"from": start, "to": end, "tokens": len(part), "bits_per_byte": bits})
     return {
         "bits_per_byte": total / math.log(2) / corpus.num_bytes,
-        "word_perplexity": math.exp(min(total / max(1, corpus.num_words), 700)),
+        "word_perplexity": math.exp(min(total / max(1, corpus.num_words), 700.0)),
         "positions": positions,
     }
 
@@ -273,7 +273,7 @@ def _window_ids(corpus: "Corpus", document: int, start: int, end: int) -> "np.nd
 
 
 def _batch_nats(model: "PreTrainedModel", windows: "list[np.ndarray]") -> "np.ndarray":
-    """Negative log-likelihoods [B, T] of windows [T_i + 1], the longest first; beyond a window's end they mean nothing."""
+    """Negative log-likelihoods [B, T] of windows [T_i + 1], the longest first; past a window's end meaningless."""
     import numpy as np
     import torch
 
@@ -292,9 +292,7 @@ def _batch_nats(model: "PreTrainedModel", windows: "list[np.ndarray]") -> "np.nd
     return torch.cat(nats, 1).double().numpy()
 
 
-def _sample(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", document: str, tokens: int
-) -> dict[str, str]:
+def _sample(model: Any, tokenizer: Any, document: str, tokens: int) -> dict[str, str]:
     """What the model writes after the first lines of a document; the same every time."""
     import torch
     from transformers import set_seed
@@ -304,4 +302,5 @@ def _sample(
     set_seed(0)
     with torch.inference_mode():
         output = model.generate(**ids, max_new_tokens=tokens, do_sample=True, temperature=0.7, top_p=0.95)
-    return {"prompt": prompt, "text": tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)}
+    written = output[0, ids["input_ids"].shape[1] :]
+    return {"prompt": prompt, "text": tokenizer.decode(written, skip_special_tokens=True)}

@@ -6,7 +6,7 @@ No torch here: the command line builds its help from these classes.
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,12 @@ class TrainingConfig:
     @property
     def steps(self) -> int:
         """Optimizer steps that see `tokens` tokens (at least one)."""
-        return max(1, round(self.tokens / (self.length * self.batch_size * self.gradient_accumulation)))
+        return max(1, round(self.tokens / self.tokens_per_step))
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens between two moves of the weights."""
+        return self.length * self.batch_size * self.gradient_accumulation
 
 
 @dataclass
@@ -108,9 +113,9 @@ def config_parser(task: "Task", **kwargs: Any) -> ConfigParser:
     )
     parts = {"data": task.data_class, "evaluation": task.evaluation_class, "training": TrainingConfig}
     for part, cls in parts.items():
+        defaults = cls()
         for f in fields(cls):
-            default = f.default if f.default is not MISSING else f.default_factory()
-            default = preset.get(part, {}).get(f.name, default)
+            default = preset.get(part, {}).get(f.name, getattr(defaults, f.name))
             parser.add_argument(f"--{part}.{f.name}", type=f.type, default=default, help=f.metadata["help"])
     return parser
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 # type -> (module below transformers.models, config class, model class, defaults that make a model of about a million
 # parameters). The embeddings are tied in all of them.
@@ -125,7 +125,7 @@ def read_on(model: PreTrainedModel, input_ids: torch.Tensor, cache: Any = None) 
     return output.logits, output.past_key_values
 
 
-def load_run(run: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_run(run: str) -> tuple[Any, Any]:
     """Model (in evaluation mode) and tokenizer of a finished run's folder.
 
     Raises:

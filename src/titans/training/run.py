@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,15 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from titans.training.callbacks import Clock, MetricsFile, ProgressBar, TensorBoard, write_atomically
 from titans.training.config import TrainConfig
 from titans.training.provenance import provenance
 from titans.training.task import Task, TaskData
 
 _NO_DECAY = re.compile(r"(^|\.)(gates?|bias|\w*norm\w*|persistent\w*)(\.|$)")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Whole or not at all: a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def train(
@@ -58,21 +48,26 @@ def train(
     data = task.load(config)
     model = task.build_model(config, data)
     write_atomically(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
-    clock = _Clock()
+    _check_enough(config, data)
+    clock, tokens_per_step = Clock(), config.training.tokens_per_step
     trainer = _Trainer(
         model=model,
-        args=_arguments(config, folder, progress),
+        args=_arguments(config, folder),
         train_dataset=data.train,
         eval_dataset=data.validation,
-        callbacks=[clock, _MetricsFile(folder / "metrics.jsonl"), _tensorboard(folder)],
+        callbacks=[clock, MetricsFile(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard")],
     )
-    _check_enough(config, data)
+    trainer.remove_callback(PrinterCallback)
+    if progress:
+        trainer.add_callback(ProgressBar(clock, tokens_per_step))
+    use_cache, model.config.use_cache = model.config.use_cache, False  # windows are read whole in training
     trainer.train(resume_from_checkpoint=checkpoint)
+    model.config.use_cache = use_cache
     result: dict[str, Any] = {
         "parameters": model.num_parameters(),
-        "validation_loss": trainer.evaluate()["eval_loss"],
-        "tokens": config.training.steps * _tokens_per_step(config),
-        "tokens_per_second": clock.steps * _tokens_per_step(config) / max(clock.seconds, 1e-9),
+        "validation_loss": trainer.state.best_metric,
+        "tokens": config.training.steps * tokens_per_step,
+        "tokens_per_second": clock.steps * tokens_per_step / max(clock.seconds, 1e-9),
         "training_seconds": clock.seconds,
         "provenance": provenance(),
     }
@@ -80,7 +75,7 @@ def train(
     model.eval()
     if evaluate:
         result["metrics"] = task.evaluate(model, data.tokenizer, config.data, config.evaluation)
-        task.plot({config.model.get("variant", config.model.get("type", "model")): result["metrics"]}, folder / task.picture)
+        task.plot({folder.name: result["metrics"]}, folder / task.picture)
     _save(model, data, folder)
     write_atomically(folder / "result.json", json.dumps(result, indent=1))
     return result
@@ -102,7 +97,7 @@ class _Trainer(Trainer):
         return [name for name, p in model.named_parameters() if p.ndim >= 2 and not _NO_DECAY.search(name)]
 
 
-def _arguments(config: TrainConfig, folder: Path, progress: bool) -> TrainingArguments:
+def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
     training = config.training
     interval = training.eval_every if training.eval_every >= 1 else max(1, round(training.eval_every * training.steps))
     devices = int(os.environ.get("WORLD_SIZE", "1"))
@@ -132,51 +127,17 @@ def _arguments(config: TrainConfig, folder: Path, progress: bool) -> TrainingArg
         prediction_loss_only=True,
         dataloader_drop_last=True,
         report_to="none",
-        disable_tqdm=not progress,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
     )
 
 
-def _tokens_per_step(config: TrainConfig) -> int:
-    return config.training.length * config.training.batch_size * config.training.gradient_accumulation
-
-
 def _check_enough(config: TrainConfig, data: TaskData) -> None:
-    if len(data.train) < config.training.batch_size:  # type: ignore[arg-type]
+    if len(data.train) < config.training.batch_size:
         raise ValueError(
-            f"training.batch_size={config.training.batch_size} is more than the {len(data.train)} windows "  # type: ignore[arg-type]
-            "of the training text; use a smaller batch, a shorter training.length or more text"
+            f"training.batch_size={config.training.batch_size} is more than the {len(data.train)} items of the "
+            "training data; use a smaller batch, a shorter training.length or more data"
         )
-
-
-class _Clock(TrainerCallback):
-    """Time spent in training steps alone, without evaluation and saving; the first step warms up and is not counted."""
-
-    def __init__(self):
-        self.steps, self.seconds, self._start, self._warm = 0, 0.0, 0.0, False
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._start = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self._warm:
-            self.steps += 1
-            self.seconds += time.perf_counter() - self._start
-        self._warm = True
-
-
-class _MetricsFile(TrainerCallback):
-    """All that was logged, one JSON a line; after a resume, without what an interrupted run had logged beyond it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_log(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in state.log_history))
-
-
-def _tensorboard(folder: Path) -> TensorBoardCallback:
-    return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard")))
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -5,19 +5,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from torch.utils.data import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from titans.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """What training needs: items are dicts of tensors that the model's forward takes, `labels` among them."""
+    """What training needs.
 
-    train: "Dataset"
-    validation: "Dataset"
-    tokenizer: "PreTrainedTokenizerBase | None"
+    Attributes:
+        train, validation: torch Datasets with a length; items are dicts of tensors that the model's forward takes,
+            `labels` among them.
+        tokenizer: saved beside the model; None where a task has none.
+    """
+
+    train: Any
+    validation: Any
+    tokenizer: Any
 
 
 class Task(Protocol):

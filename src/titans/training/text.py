@@ -11,14 +11,19 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 logger = logging.getLogger(__name__)
+
+Tokenizer = Any  # a PreTrainedTokenizerBase: the library's own types promise less than it returns
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
@@ -50,8 +55,9 @@ def read_documents(source: str | os.PathLike, text_field: str = "text") -> Itera
     elif _DATASET_NAME.fullmatch(str(source)) and not _looks_like_file(path):
         documents = _read_dataset(str(source), text_field)
     else:
-        raise FileNotFoundError(f"source={str(source)!r} does not exist; give a text file, a folder, a .jsonl file or a "
-                                "Hugging Face data set's name")
+        raise FileNotFoundError(
+            f"source={str(source)!r} does not exist; give a text file, a folder, a .jsonl file or a data set's name"
+        )
     found = False
     for document in documents:
         if document:
@@ -103,8 +109,10 @@ def _read_json_lines(path: Path, text: str, text_field: str) -> Iterator[str]:
             raise ValueError(f"{path}, line {number}: not JSON ({error}); write one JSON object a line") from error
         if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
             fields = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(f"{path}, line {number}: no text in field {text_field!r}; the line has {fields}, "
-                             "name one of its fields with text_field")
+            raise ValueError(
+                f"{path}, line {number}: no text in field {text_field!r}; the line has {fields}, "
+                "name one of its fields with text_field"
+            )
         yield row[text_field]
 
 
@@ -128,21 +136,27 @@ def _read_dataset(source: str, text_field: str) -> Iterator[str]:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"source={source!r} is no file or folder here, and reading a Hugging Face data set needs the "
-                          "package `datasets`: pip install 'titans[data]'") from error
+        raise ImportError(
+            f"source={source!r} is no file or folder here, and reading a Hugging Face data set needs the "
+            "package `datasets`: pip install 'titans[data]'"
+        ) from error
     name, _, split = source.partition(":")
     try:
         if Path(name).is_dir():
             rows = datasets.load_from_disk(name)
-            rows = rows[split or "train"] if isinstance(rows, datasets.DatasetDict) else rows
+            rows: Any = rows[split or "train"] if isinstance(rows, datasets.DatasetDict) else rows
         else:
             rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the library raises a dozen types for "no such data set"
-        raise FileNotFoundError(f"source={source!r} is neither a file, a folder nor a data set that can be loaded "
-                                f"({type(error).__name__}: {error}); check the name and the split") from error
+        raise FileNotFoundError(
+            f"source={source!r} is neither a file, a folder nor a data set that can be loaded "
+            f"({type(error).__name__}: {error}); check the name and the split"
+        ) from error
     if text_field not in rows.column_names:
-        raise ValueError(f"source={source!r} has no column {text_field!r}; it has {rows.column_names}, "
-                         "name one of them with text_field")
+        raise ValueError(
+            f"source={source!r} has no column {text_field!r}; it has {rows.column_names}, "
+            "name one of them with text_field"
+        )
     return (row[text_field] for row in rows)
 
 
@@ -189,10 +203,8 @@ def truncate(documents: Iterable[str], max_bytes: int) -> list[str]:
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A token a byte: ids 0 to 255 are the bytes, 256 ends (and begins) a text, 257 pads. Round-trips any str."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     vocabulary = {letter: byte for byte, letter in bytes_to_unicode().items()}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
@@ -205,7 +217,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def load_tokenizer(name_or_path: str = "bytes") -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str = "bytes") -> Tokenizer:
     """The byte-level tokenizer ("bytes"), or that of a folder (tokenizer.json, or GPT-2's vocab.json and merges.txt).
 
     Raises:
@@ -215,14 +227,14 @@ def load_tokenizer(name_or_path: str = "bytes") -> PreTrainedTokenizerBase:
         return byte_tokenizer()
     try:
         if (Path(name_or_path) / "vocab.json").exists() and not (Path(name_or_path) / "tokenizer.json").exists():
-            from transformers import GPT2TokenizerFast
-
-            tokenizer = GPT2TokenizerFast.from_pretrained(name_or_path)
+            tokenizer: Tokenizer = GPT2Tokenizer.from_pretrained(name_or_path)
         else:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:  # the library raises many types for "no tokenizer there"
-        raise ValueError(f"tokenizer={name_or_path!r} cannot be loaded ({error}); give 'bytes' or a folder with "
-                         "tokenizer.json, or with vocab.json and merges.txt") from error
+        raise ValueError(
+            f"tokenizer={name_or_path!r} cannot be loaded ({error}); give 'bytes' or a folder with "
+            "tokenizer.json, or with vocab.json and merges.txt"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer={name_or_path!r} has no end-of-text token; set its eos_token")
     if tokenizer.pad_token_id is None:
@@ -230,7 +242,7 @@ def load_tokenizer(name_or_path: str = "bytes") -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> list[np.ndarray]:
+def encode(tokenizer: Tokenizer, documents: list[str]) -> list[np.ndarray]:
     """Token ids of each document, uint16 or uint32 [tokens], without special tokens."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     letters = bytes_to_unicode()
@@ -239,8 +251,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> list[np.
         # A table look-up: the tokenizer itself would take minutes for a shelf of books.
         table = np.array([vocabulary[letters[byte]] for byte in range(256)], dtype=dtype)
         return [table[np.frombuffer(document.encode(), np.uint8)] for document in documents]
-    ids = [tokenizer(d, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"] for d in documents]
-    return [np.asarray(i, dtype=dtype) for i in ids]
+    plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    return [np.asarray(tokenizer(document, **plain)["input_ids"], dtype=dtype) for document in documents]
 
 
 @dataclass(frozen=True)
@@ -253,7 +265,7 @@ class Corpus:
     num_words: int
 
     @classmethod
-    def build(cls, documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> "Corpus":
+    def build(cls, documents: Iterable[str], tokenizer: Tokenizer) -> "Corpus":
         """Tokenizes `documents`; bytes are utf-8 bytes, words are split at white space."""
         documents = list(documents)
         return cls(
@@ -284,8 +296,10 @@ class WindowDataset(Dataset):
 
     def __init__(self, ids: np.ndarray, length: int):
         if len(ids) < length:
-            raise ValueError(f"training.length={length} is longer than the whole text of {len(ids)} tokens; "
-                             "use a shorter length or more text")
+            raise ValueError(
+                f"training.length={length} is longer than the whole text of {len(ids)} tokens; "
+                "use a shorter length or more text"
+            )
         self.ids, self.length = ids, length
 
     def __len__(self) -> int:

@@ -1,0 +1,80 @@
+"""titans train"""
+
+import datetime
+from pathlib import Path
+
+from titans.cli.common import quiet_libraries
+from titans.training.config import config_parser, load_yaml, parse_config
+
+USAGE = "titans train [CONFIG.yaml] [--data TEXT] [--output FOLDER] [--key value ...] | --resume RUN"
+DESCRIPTION = """Trains a model. Without arguments: a small byte-level Titans (MAC) on the source code of Python's
+standard library, in about three minutes on two cores. Every key may stand in CONFIG.yaml or be given as an option."""
+EXAMPLES = """examples:
+  titans train
+  titans train --data book.txt --output runs/book
+  titans train --model.variant mag --training.tokens 2e6
+  titans train my.yaml --training.learning_rate 1e-3
+  titans train --resume runs/book               go on where an interrupted run stopped
+"""
+
+
+def main(arguments: list[str]) -> None:
+    resume = _take(arguments, "--resume")
+    if resume is not None:
+        if arguments:
+            raise ValueError(f"--resume takes the run's own config.yaml, but {arguments} was given; leave it out")
+        arguments = [str(_config_of(resume)), "--output", resume]
+    source = _take(arguments, "--data")
+    if source is not None:
+        arguments += ["--data.train", source]
+    if arguments and not arguments[0].startswith("-"):
+        arguments.insert(0, "--config")
+    task_name = _peek_task(arguments)
+
+    from titans.tasks import get_task
+
+    task = get_task(task_name)
+    parser = config_parser(
+        task, prog="titans train", usage=USAGE, description=DESCRIPTION, epilog=EXAMPLES, exit_on_error=False
+    )
+    config = parse_config(task, arguments=arguments, parser=parser)
+    config.output = config.output or f"runs/{task.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    if resume is None and (Path(config.output) / "config.yaml").exists():
+        raise ValueError(f"output={config.output!r} holds a run already; resume it or use another folder")
+
+    quiet_libraries()
+    from titans.training.run import train
+
+    result = train(config, task, resume=resume is not None)
+    print(f"\n{result['parameters']:,} parameters, {result['tokens_per_second']:,.0f} tokens/s\n")
+    print(task.report(result["metrics"]))
+    print(f"\nThe run's folder {config.output}:")
+    print("  " + "  ".join(sorted(path.name for path in Path(config.output).iterdir())))
+
+
+def _take(arguments: list[str], name: str) -> str | None:
+    """Removes `name VALUE` or `name=VALUE` from the arguments and returns VALUE."""
+    for index, argument in enumerate(arguments):
+        if argument.startswith(name + "="):
+            return arguments.pop(index).partition("=")[2]
+        if argument == name:
+            if index + 1 == len(arguments):
+                raise ValueError(f"{name} needs a value")
+            arguments.pop(index)
+            return arguments.pop(index)
+    return None
+
+
+def _config_of(run: str) -> Path:
+    path = Path(run) / "config.yaml"
+    if not path.exists():
+        raise FileNotFoundError(f"--resume {run}: no config.yaml there; give the folder of a run")
+    return path
+
+
+def _peek_task(arguments: list[str]) -> str:
+    """The task decides which options there are, so it is looked for before they are parsed."""
+    task = _take(rest := list(arguments), "--task")
+    if task is None and (path := _take(rest, "--config")) is not None:
+        task = load_yaml(path).get("task")
+    return task or "language"
