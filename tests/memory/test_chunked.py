@@ -2,33 +2,31 @@
 
 import pytest
 import torch
-from memory_cases import MASKS, OPTIONS, assert_equal, gradients, make
+from memory_cases import MASKS, OPTIONS, PATHS, assert_equal, assert_same, gradients, make
 from tolerances import EQUAL
 
 C = 16
 
 
-def assert_same(case, state=None, mask=None):
-    for got, expected in zip(
-        gradients(case, "chunked", state, mask), gradients(case, "reference", state, mask), strict=True
-    ):
-        assert_equal(got, expected)
+paths = pytest.mark.parametrize("info", PATHS.values(), ids=PATHS.keys())
 
 
+@paths
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize("T", [1, C - 1, C, C + 1, 63, 200])
-def test_lengths_and_depths(T, depth):
+def test_lengths_and_depths(T, depth, info):
     network = OPTIONS["default"] if depth == 2 else OPTIONS[f"depth{depth}"]
-    assert_same(make(network, B=1, T=T, C=C))
+    assert_same(make(network, B=1, T=T, C=C, lr=0.02 if depth < 4 else 0.002), info=info)
 
 
 @pytest.mark.parametrize("masked", [None, "holes"])
 @pytest.mark.parametrize("carried", [0, 6], ids=["from M_0", "carried state"])
 @pytest.mark.parametrize("network", OPTIONS)
-def test_network_options(network, carried, masked):
+@paths
+def test_network_options(network, carried, masked, info):
     case = make(OPTIONS[network], T=13 + carried)
     state = case.tokens(0, carried).run()[1] if carried else None
-    assert_same(case.tokens(carried), state, masked and MASKS[masked](2, 13))
+    assert_same(case.tokens(carried), state, masked and MASKS[masked](2, 13), info)
 
 
 @pytest.mark.parametrize("masked", MASKS)
@@ -56,26 +54,29 @@ def test_shortest(T):
     assert_same(case.tokens(0, T))
 
 
+@paths
 @pytest.mark.parametrize("C", [1, 2, 64])
-def test_chunk_sizes(C):
-    assert_same(make(C=C))
+def test_chunk_sizes(C, info):
+    assert_same(make(C=C), info=info)
 
 
+@paths
 @pytest.mark.parametrize("limit", ["lr", "log_momentum", "log_retention", "all"])
-def test_gates_at_their_limits(limit):
+def test_gates_at_their_limits(limit, info):
     """Nothing written, no momentum, everything forgotten: the same numbers, and finite gradients."""
     case = make(T=13)
     values = {"lr": 0.0, "log_momentum": -torch.inf, "log_retention": -torch.inf}
     where = torch.rand(case.lr.shape, generator=torch.Generator().manual_seed(2)) < 0.4
     for name in values if limit == "all" else [limit]:
         case = case.on(**{name: getattr(case, name).masked_fill(where, values[name])})
-    assert_same(case)
+    assert_same(case, info=info)
 
 
+@paths
 @pytest.mark.parametrize("network", ["default", "depth1", "depth4", "plain", "relu"])
-def test_float32(network):
+def test_float32(network, info):
     """float32 against the float64 reference: rounding is all that may differ."""
-    case = make(OPTIONS[network], T=40, C=C, dtype=torch.float32)
-    exact = gradients(case.to(torch.float64), "reference")
-    for got, expected in zip(gradients(case), exact, strict=True):
+    case = make(OPTIONS[network], T=40, C=C, dtype=torch.float32, lr=0.02 if network != "depth4" else 0.002)
+    exact = gradients(case.to(torch.float64), "reference", info=info)
+    for got, expected in zip(gradients(case, info=info), exact, strict=True):
         assert_equal(got, expected, EQUAL[torch.float32])

@@ -84,8 +84,11 @@ def current_maps(state: MemoryState) -> list[Tensor]:
     lr, log_momentum, log_retention = state.gates.unbind(-1)
     # momentum moves the memory at every step: it has to end with the last token, or empty slots would add it again
     gates = torch.stack([lr, log_momentum.masked_fill(empty, -torch.inf), log_retention], -1)
+    parts = (state.weights, state.momentum, state.inputs, state.signals)
     with torch.autocast(state.gates.device.type, enabled=False):
-        return advance(state.weights, state.momentum, state.inputs, state.signals, chunk_masks(gates))[0]
+        flat = ([t.flatten(0, 1) for t in part] for part in parts)
+        maps, _ = advance(*flat, chunk_masks(gates.flatten(0, 1)))
+    return [m.unflatten(0, state.gates.shape[:2]) for m in maps]
 
 
 def _reader(weights: Tensors, momentum: Tensors, x: Tensors, d: Tensors, masks: ChunkMasks, piece: Piece):

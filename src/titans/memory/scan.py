@@ -14,7 +14,7 @@ from titans.memory.gates import ChunkMasks, chunk_masks
 from titans.memory.network import ACTIVATIONS, MemoryMLP
 
 Tensors = Sequence[Tensor]
-GROUP = 8  # chunks between two saved states; the states between are recomputed in backward
+GROUP = 32  # chunks between two saved states; a longer run recomputes what lies between in its backward
 
 
 def scan(
@@ -87,18 +87,13 @@ def dual(h: Tensor, weighted: Tensor, w: Tensor, s: Tensor, d: Tensor, keep: Ten
 
 
 def advance(W: Tensors, S: Tensors, x: Tensors, d: Tensors, masks: ChunkMasks) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and momentum [..., d_in, d_out] after all tokens of a chunk (empty slots change nothing)."""
-    to_w, to_s = masks.write[..., -1, :, None], masks.momentum_write
+    """Weights and momentum [G, d_in, d_out] after all tokens of a chunk."""
+    to_w, to_s = masks.write[:, -1, :, None], masks.momentum_write
     new_w, new_s = [], []
     for w, s, x_i, d_i in zip(W, S, x, d, strict=True):
-        if x_i.shape[-1] < d_i.shape[-1]:  # scale the narrower side
-            both = torch.cat([x_i * to_w, x_i * to_s], -1).to(x_i.dtype).mT @ d_i
-            dw, ds = both.chunk(2, -2)
-        else:
-            both = x_i.mT @ torch.cat([d_i * to_w, d_i * to_s], -1).to(x_i.dtype)
-            dw, ds = both.chunk(2, -1)
-        new_w.append(torch.addcmul(masks.keep[..., -1:, :] * w, masks.carry[..., -1:, :], s) - dw)
-        new_s.append(masks.momentum_keep * s - ds)
+        w = (masks.keep[:, -1:] * w).addcmul_(masks.carry[:, -1:], s)
+        new_w.append(_add_product(w, (x_i * to_w).to(x_i.dtype).mT, d_i, -1))
+        new_s.append(_add_product(masks.momentum_keep * s, (x_i * to_s).to(x_i.dtype).mT, d_i, -1))
     return new_w, new_s
 
 
@@ -233,9 +228,11 @@ def _signal_backward(network: MemoryMLP, out: Tensor, affine, k: Tensor, v: Tens
     return tuple(torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True))
 
 
-def _add_product(state: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``state + a b`` in the state's dtype, in place."""
-    return state.baddbmm_(a, b) if a.dtype == state.dtype else state.add_(torch.bmm(a, b))
+def _add_product(state: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> Tensor:
+    """``state + sign a b`` in the state's dtype, in place."""
+    if a.dtype == state.dtype:
+        return state.baddbmm_(a, b, alpha=sign)
+    return state.add_(torch.bmm(a, b), alpha=sign)
 
 
 def _unpack(rest: Tensors, network: MemoryMLP):

@@ -52,7 +52,7 @@ def read_documents(source: str | os.PathLike, text_field: str = "text") -> Itera
         documents = _read_dataset(str(path), text_field) if saved else _read_folder(path, text_field)
     elif path.exists():
         documents = _read_file(path, text_field)
-    elif _DATASET_NAME.fullmatch(str(source)) and not _looks_like_file(path):
+    elif Path(str(source).rpartition(":")[0]).is_dir() or _is_dataset_name(str(source)):
         documents = _read_dataset(str(source), text_field)
     else:
         raise FileNotFoundError(
@@ -67,8 +67,9 @@ def read_documents(source: str | os.PathLike, text_field: str = "text") -> Itera
         raise ValueError(f"source={str(source)!r} holds no text; give a file, folder or data set with text in it")
 
 
-def _looks_like_file(path: Path) -> bool:
-    return path.suffix.lower() in {".txt", ".md", ".py", ".json", ".jsonl", ".csv", *_OPENERS}
+def _is_dataset_name(source: str) -> bool:
+    files = {".txt", ".md", ".py", ".json", ".jsonl", ".csv", *_OPENERS}
+    return bool(_DATASET_NAME.fullmatch(source)) and Path(source).suffix.lower() not in files
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -140,13 +141,14 @@ def _read_dataset(source: str, text_field: str) -> Iterator[str]:
             f"source={source!r} is no file or folder here, and reading a Hugging Face data set needs the "
             "package `datasets`: pip install 'titans[data]'"
         ) from error
-    name, _, split = source.partition(":")
+    name, colon, split = source.rpartition(":")
+    name = name if colon else source
     try:
         if Path(name).is_dir():
             rows = datasets.load_from_disk(name)
-            rows: Any = rows[split or "train"] if isinstance(rows, datasets.DatasetDict) else rows
+            rows: Any = rows[split if colon else "train"] if isinstance(rows, datasets.DatasetDict) else rows
         else:
-            rows = datasets.load_dataset(name, split=split or "train")
+            rows = datasets.load_dataset(name, split=split if colon else "train")
     except Exception as error:  # the library raises a dozen types for "no such data set"
         raise FileNotFoundError(
             f"source={source!r} is neither a file, a folder nor a data set that can be loaded "

@@ -1,0 +1,70 @@
+"""bfloat16 against plain PyTorch code in bfloat16 (test contract, item 2)."""
+
+import pytest
+import torch
+from memory_cases import OPTIONS, Case, assert_equal, make
+from tolerances import LOW_PRECISION
+
+SIZES = {"B": 2, "T": 64, "H": 2, "D": 16, "C": 16, "lr": 0.01}
+NETWORKS = ["default", "depth1", "depth3", "plain", "silu", "no residual"]
+
+
+def plain(case: Case) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The rule as one would write it: the network in the inputs' dtype, its gradient by autograd, memory in float32."""
+    (B, T, _, _), network, dtype = case.q.shape, case.network, case.q.dtype
+    maps, affine = network.split(case.weights)
+    memory = [w.float().expand(B, *w.shape) for w in maps]
+    momentum, outs = [torch.zeros_like(w) for w in memory], []
+    norm = tuple(a.to(dtype).expand(B, *a.shape) for a in affine or ())
+    gates = [x.float()[..., None, None].unbind(1) for x in (case.lr, case.log_momentum.exp(), case.log_retention.exp())]
+    for t in range(T):
+        if t % case.chunk_size == 0:
+            frozen = memory
+        used = [w.to(dtype) for w in frozen]
+        k, v, q = (x[:, t].unsqueeze(2) for x in (case.k, case.v, case.q))
+        loss = (network.apply((*used, *norm), k) - v).square().sum()
+        grads = torch.autograd.grad(loss, used, create_graph=True)
+        theta, eta, retention = (g[t] for g in gates)
+        momentum = [eta * s - theta * g.float() for s, g in zip(momentum, grads, strict=True)]
+        memory = [retention * w + s for w, s in zip(memory, momentum, strict=True)]
+        outs.append(network.apply((*(w.to(dtype) for w in memory), *norm), q).squeeze(2))
+    return torch.stack(outs, 1), memory
+
+
+def run(case: Case, how: str) -> dict[str, torch.Tensor]:
+    """Output, last weights and all gradients."""
+    case = case.leaves()
+    if how == "plain":
+        out, memory = plain(case)
+    else:
+        out, state, _ = case.run(info=how == "info")
+        memory = list(state.weights)
+    leaves = [*case.inputs, *case.weights]
+    total = out.float().square().sum() + sum(w.square().sum() for w in memory)
+    grads = torch.autograd.grad(total, leaves)
+    found = {"out": out, **{f"weights.{i}": w for i, w in enumerate(memory)}}
+    return found | {f"d {i}": g for i, g in enumerate(grads)}
+
+
+def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square, so that one unlucky rounding decides nothing."""
+    return float((got.double() - expected.double()).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("how", ["info", "scan"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_bfloat16_errs_at_most_twice_as_much_as_plain_code(network, how):
+    low = make(OPTIONS[network], dtype=torch.bfloat16, **SIZES)
+    low = low.on(lr=low.lr.float(), log_momentum=low.log_momentum.float(), log_retention=low.log_retention.float())
+    exact = run(low.to(torch.float32), "plain")
+    ours, theirs = run(low, how), run(low, "plain")
+    for name, expected in exact.items():
+        bound = LOW_PRECISION * distance(theirs[name], expected) + 1e-6 * float(expected.abs().max())
+        assert distance(ours[name], expected) <= bound, name
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_plain_code_is_right(network):
+    """The yardstick itself, in float32, equals the library."""
+    case = make(OPTIONS[network], dtype=torch.float32, **SIZES)
+    assert_equal(run(case, "scan"), run(case, "plain"), 1e-4)

@@ -1,0 +1,88 @@
+"""Comparisons: equal sizes, tuning, resuming."""
+
+import copy
+import json
+
+import pytest
+
+from titans.tasks import get_task
+from titans.training import compare as module
+from titans.training.compare import Experiment, compare
+
+TASK = get_task("language")
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def values(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(600)))
+    return {
+        "task": "language",
+        "output": str(tmp_path / "out"),
+        "data": {"train": str(text)},
+        "evaluation": {"lengths": [32], "sample": 0, "max_bytes": 500},
+        "training": {"length": 32, "batch_size": 4, "tokens": 1024, "eval_every": 4},
+        "tuning": {"learning_rate": [1e-3, 1e-2], "tokens": 512},
+        "models": {
+            "llama": {"model": {"type": "llama", **SMALL}},
+            "sliding": {"model": {"type": "sliding_llama", **SMALL}, "seeds": [0, 1]},
+        },
+    }
+
+
+def test_tunes_trains_tabulates_and_resumes(values, tmp_path, monkeypatch):
+    trained = []
+
+    def counted(config, *args, **kwargs):
+        trained.append((config.output.rpartition("/")[2].rpartition("-")[0], config.training.seed))
+        if len(trained) == 5:
+            raise KeyboardInterrupt
+        return original(config, *args, progress=False, **kwargs)
+
+    original = module.train
+    monkeypatch.setattr(module, "train", counted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(Experiment.from_dict(copy.deepcopy(values)), TASK, say=lambda text: None)
+    results = compare(Experiment.from_dict(copy.deepcopy(values)), TASK, say=lambda text: None)
+
+    kinds = [name for name, _ in trained]
+    assert kinds[:3] == ["llama-tune0.001", "llama-tune0.01", "llama-seed0"]
+    assert kinds[3:] == ["sliding-tune0.001", "sliding-tune0.01", "sliding-tune0.01", "sliding-seed0", "sliding-seed1"]
+    for entry in results["models"].values():
+        best = min(entry["tuning"], key=lambda trial: trial["validation_loss"])
+        assert entry["chosen"] == {"learning_rate": best["learning_rate"]}
+    assert [run["seed"] for run in results["models"]["sliding"]["runs"]] == [0, 1]
+    out = tmp_path / "out"
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert "bits per byte @ 32" in (out / "table.md").read_text()
+    assert "±" in (out / "table.md").read_text()
+    assert (out / "position.png").exists()
+
+
+def test_unequal_sizes_are_refused_with_the_counts(values):
+    values["models"]["llama"]["model"]["hidden_size"] = 32
+    with pytest.raises(ValueError, match=r"llama [\d,]+, sliding [\d,]+"):
+        compare(Experiment.from_dict(values), TASK)
+
+
+def test_every_rate_diverging_is_an_error_and_one_is_not(values, monkeypatch):
+    def diverging(config, task, **kwargs):
+        raise FloatingPointError("the loss is nan")
+
+    monkeypatch.setattr(module, "train", diverging)
+    with pytest.raises(FloatingPointError, match="every learning rate"):
+        compare(Experiment.from_dict(values), TASK, say=lambda text: None)
+
+
+def test_bad_keys(values):
+    for change, message in (
+        ({"modles": {}}, "modles"),
+        ({"models": {}}, "models"),
+        ({"models": {"a": {"seeds": [0]}}}, r"models\.a"),
+        ({"tuning": {"learning_rate": [1e-3]}}, "tuning"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Experiment.from_dict(values | change)
+    with pytest.raises(ValueError, match="task"):
+        Experiment.from_dict({"output": "x", "models": values["models"]})

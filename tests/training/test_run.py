@@ -1,0 +1,117 @@
+"""One run: its folder, resuming, errors."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from titans.tasks import get_task
+from titans.training.config import parse_config
+from titans.training.models import build_model, load_run
+from titans.training.run import _Trainer, train
+
+TASK = get_task("language")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(600)))
+    return path
+
+
+def config(folder, text, **training):
+    return parse_config(
+        TASK,
+        {
+            "output": str(folder),
+            "model": {"type": "sliding_llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                      "num_attention_heads": 2},
+            "data": {"train": str(text)},
+            "evaluation": {"lengths": [32], "sample": 4},
+            "training": {"length": 32, "batch_size": 4, "tokens": 32 * 4 * 12, "eval_every": 4, **training},
+        },
+    )  # fmt: skip
+
+
+def test_run_folder_holds_all_and_loads_with_the_auto_classes(tmp_path, text):
+    folder = tmp_path / "run"
+    result = train(config(folder, text), TASK, progress=False)
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "loss.png", "position.png", "model.safetensors", "result.json"} <= names
+    assert list((folder / "tensorboard").glob("events*"))
+    losses = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert losses[0]["loss"] > result["validation_loss"]
+    assert isinstance(AutoModelForCausalLM.from_pretrained(folder), torch.nn.Module)
+    assert AutoTokenizer.from_pretrained(folder).decode([72, 105]) == "Hi"
+    assert json.loads((folder / "result.json").read_text())["metrics"]["windows"].keys() == {"32", "whole"}
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_resumed_equals_uninterrupted(tmp_path, text, monkeypatch):
+    whole = train(config(tmp_path / "whole", text), TASK, progress=False)
+    step = _Trainer.training_step
+
+    def interrupt(self, *args, **kwargs):
+        if self.state.global_step == 6:
+            raise Interrupted
+        return step(self, *args, **kwargs)
+
+    cut = config(tmp_path / "cut", text)
+    with monkeypatch.context() as patch:
+        patch.setattr(_Trainer, "training_step", interrupt)
+        with pytest.raises(Interrupted):
+            train(cut, TASK, progress=False)
+    resumed = train(cut, TASK, resume=True, progress=False)
+    assert resumed["metrics"] == whole["metrics"]
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "cut")]
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(a, b)
+    logged = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").open()] for n in ("whole", "cut")]
+    assert [e["loss"] for e in logged[0] if "loss" in e] == [e["loss"] for e in logged[1] if "loss" in e]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_truncated_checkpoint_is_named(tmp_path, text, name):
+    run = config(tmp_path / "run", text, tokens=32 * 4 * 4)
+    train(run, TASK, evaluate=False, progress=False)
+    path = tmp_path / "run" / "checkpoints" / "checkpoint-4" / name
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"{name} cannot be read.*delete .*checkpoint-4"):
+        train(run, TASK, resume=True, progress=False)
+    weights = tmp_path / "run" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read.*damaged"):
+        load_run(str(tmp_path / "run"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(_Trainer, "compute_loss", lambda self, model, *a, **k: next(model.parameters()).sum() * torch.nan)
+    with pytest.raises(FloatingPointError, match=r"nan at step 1; lower training\.learning_rate"):
+        train(config(tmp_path / "run", text), TASK, progress=False)
+
+
+def test_norms_biases_and_gates_do_not_decay():
+    model = build_model({"type": "mamba2"}, vocab_size=258, eos_token_id=256, pad_token_id=257)
+    names = _Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+    assert any("in_proj.weight" in name for name in names)
+    assert not any(part in name for name in names for part in ("norm", "bias", "A_log", ".D"))
+
+
+def test_bad_values_name_the_mend(tmp_path, text):
+    for training, message in (
+        ({"length": 0}, r"training\.length=0 is not valid; use a number above 0"),
+        ({"warmup": 1.5}, r"training\.warmup=1\.5"),
+        ({"tokens": "many"}, r"training\.tokens.*many"),
+        ({"lenght": 3}, r"'training\.lenght' is no option; did you mean 'training\.length'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config(tmp_path, text, **training)
+    with pytest.raises(ValueError, match=r"training\.batch_size=4000 is more than"):
+        train(config(tmp_path / "run", text, batch_size=4000), TASK, progress=False)
+    with pytest.raises(FileNotFoundError, match="is no run"):
+        train(config(tmp_path / "none", text), TASK, resume=True, progress=False)
