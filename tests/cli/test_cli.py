@@ -10,7 +10,16 @@ import pytest
 from titans.cli import COMMANDS, main
 
 TINY = ["--model", '{"type": "sliding_llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}']
-SHORT = ["--training.length", "32", "--training.batch_size", "4", "--training.tokens", "1e3", "--evaluation.sample", "5"]
+SHORT = [
+    "--training.length",
+    "32",
+    "--training.batch_size",
+    "4",
+    "--training.tokens",
+    "1e3",
+    "--evaluation.sample",
+    "5",
+]
 
 
 @pytest.fixture(scope="module")

@@ -152,4 +152,15 @@ MASKS = {
 PATHS = {"info": True, "scan": False}
 """Whether info is asked for: the two paths of the chunked backend."""
 
-__all__ = ["MASKS", "OPTIONS", "PATHS", "Case", "assert_equal", "assert_same", "gradients", "in_pieces", "make", "results"]
+__all__ = [
+    "MASKS",
+    "OPTIONS",
+    "PATHS",
+    "Case",
+    "assert_equal",
+    "assert_same",
+    "gradients",
+    "in_pieces",
+    "make",
+    "results",
+]

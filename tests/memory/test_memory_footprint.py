@@ -23,13 +23,10 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        before = {id(s) for s in ()}
         for x in tree_flatten(out)[0]:
             if isinstance(x, torch.Tensor):
-                storage = x.untyped_storage()
-                ref = StorageWeakRef(storage)
-                if ref.cdata not in before:
-                    self.found[ref.cdata] = (ref, storage.nbytes())
+                ref = StorageWeakRef(x.untyped_storage())
+                self.found[ref.cdata] = (ref, x.untyped_storage().nbytes())
         self.peak = max(self.peak, self.now())
         return out
 
@@ -39,8 +36,8 @@ class Live(TorchDispatchMode):
 
 
 def long(chunks: int) -> Case:
-    """Narrow tokens, wide memory: one state weighs as much as 40 chunks of tokens."""
-    network = type(NETWORK)(expansion=32, residual=False, norm=False)
+    """Narrow tokens, wide memory: one state weighs as much as 100 chunks of tokens."""
+    network = type(NETWORK)(expansion=128, residual=False, norm=False)
     return make(network, B=1, T=chunks * C, H=1, D=4, C=C, dtype=torch.float32, lr=1e-3)
 
 
@@ -85,11 +82,3 @@ def test_nothing_is_held_without_autograd():
     tokens = sum(x.numel() for x in long(64).inputs) * 4
     assert peaks[1] - peaks[0] <= 8 * tokens
     assert 8 * tokens < 28 * state_bytes(long(1))
-
-
-def test_backward_gives_back_what_forward_held():
-    case = long(32).leaves()
-    with Live() as live:
-        case.run(info=False)[0].square().sum().backward()
-        gradients = sum(x.grad.numel() * 4 for x in (*case.inputs, *case.weights))
-        assert live.now() <= 1.5 * gradients

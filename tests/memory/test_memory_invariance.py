@@ -99,8 +99,8 @@ def test_current_maps_are_the_running_memory(network, mask):
     """At every position: reading with them is what the next token's read gives if that token writes nothing."""
     case = make(OPTIONS[network], T=10)
     mask = None if mask is None else MASKS[mask](2, 10)
-    silent = case.tokens(9).on(lr=torch.zeros(2, 1, 2).double(), log_momentum=torch.full((2, 1, 2), -torch.inf).double(),
-                               log_retention=torch.zeros(2, 1, 2).double())  # fmt: skip
+    nothing = torch.zeros_like(case.lr[:, 9:])
+    silent = case.tokens(9).on(lr=nothing, log_momentum=nothing - torch.inf, log_retention=nothing)
     for t in range(10):
         state: MemoryState = case.tokens(0, t).run("reference", mask=None if mask is None else mask[:, :t])[1]
         maps = [*current_maps(state), *(a.expand(2, *a.shape) for a in case.weights[case.network.depth :])]

@@ -41,7 +41,9 @@ def test_gradients_through_the_carried_state(cut, info):
     leaves = [*case.inputs, *case.weights]
 
     def grads(out, end, _):
-        total = out.square().sum() + sum((w.square().sum() + s.sum()) for w, s in zip(end.weights, end.momentum, strict=True))
+        total = out.square().sum() + sum(
+            (w.square().sum() + s.sum()) for w, s in zip(end.weights, end.momentum, strict=True)
+        )
         return torch.autograd.grad(total, leaves)
 
     assert_equal(grads(*in_pieces(case, [cut], info=info)), grads(*case.run(info=info)))
@@ -88,5 +90,7 @@ def test_one_backend_continues_what_the_other_began(backend):
     other = {"chunked": "reference", "reference": "chunked"}[backend]
     case = make(T=13)
     state = case.tokens(0, 6).run(backend)[1].detach()
-    for got, expected in zip(gradients(case.tokens(6), other, state), gradients(case.tokens(6), backend, state), strict=True):
+    for got, expected in zip(
+        gradients(case.tokens(6), other, state), gradients(case.tokens(6), backend, state), strict=True
+    ):
         assert_equal(got, expected)

@@ -1,5 +1,7 @@
 """bfloat16 against plain PyTorch code in bfloat16 (test contract, item 2)."""
 
+from collections import Counter
+
 import pytest
 import torch
 from memory_cases import OPTIONS, Case, assert_equal, make
@@ -46,21 +48,24 @@ def run(case: Case, how: str) -> dict[str, torch.Tensor]:
     return found | {f"d {i}": g for i, g in enumerate(grads)}
 
 
-def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Root mean square, so that one unlucky rounding decides nothing."""
-    return float((got.double() - expected.double()).square().mean().sqrt())
+def distances(got: dict, expected: dict) -> dict[str, float]:
+    """Squared error by name."""
+    return {n: float((got[n].detach().double() - x.detach().double()).square().mean()) for n, x in expected.items()}
 
 
-@pytest.mark.parametrize("how", ["info", "scan"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_bfloat16_errs_at_most_twice_as_much_as_plain_code(network, how):
-    low = make(OPTIONS[network], dtype=torch.bfloat16, **SIZES)
-    low = low.on(lr=low.lr.float(), log_momentum=low.log_momentum.float(), log_retention=low.log_retention.float())
-    exact = run(low.to(torch.float32), "plain")
-    ours, theirs = run(low, how), run(low, "plain")
-    for name, expected in exact.items():
-        bound = LOW_PRECISION * distance(theirs[name], expected) + 1e-6 * float(expected.abs().max())
-        assert distance(ours[name], expected) <= bound, name
+def test_bfloat16_errs_at_most_twice_as_much_as_plain_code(network):
+    """Root mean square over four draws, so that one unlucky rounding decides nothing."""
+    errors = {"plain": Counter(), "info": Counter(), "scan": Counter()}
+    for seed in range(4):
+        low = make(OPTIONS[network], dtype=torch.bfloat16, seed=seed, **SIZES)
+        low = low.on(lr=low.lr.float(), log_momentum=low.log_momentum.float(), log_retention=low.log_retention.float())
+        exact = run(low.to(torch.float32), "plain")
+        for how, total in errors.items():
+            total.update(distances(run(low, how), exact))
+    for how in ("info", "scan"):
+        ratios = {name: (errors[how][name] / errors["plain"][name]) ** 0.5 for name in exact}
+        assert max(ratios.values()) <= LOW_PRECISION, f"{how}: {ratios}"
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -116,7 +116,13 @@ def test_alpha_one_forgets_everything(backend, info, where, network):
 @backends
 def test_inner_gradients_are_taken_where_the_chunk_began(backend, info):
     """Trap 3: the second chunk corrects the first one's error, at the memory as it stands then, not at M_0."""
-    case = gates(make(OPTIONS["plain depth1"], B=1, H=1, T=2, C=1), lr=0.5, log_momentum=MINUS_INFINITY, log_retention=0.0)
-    case = case.on(k=case.k[:, :1].repeat(1, 2, 1, 1), q=case.k[:, :1].repeat(1, 2, 1, 1), v=case.v[:, :1].repeat(1, 2, 1, 1))
+    case = gates(
+        make(OPTIONS["plain depth1"], B=1, H=1, T=2, C=1), lr=0.5, log_momentum=MINUS_INFINITY, log_retention=0.0
+    )
+    case = case.on(
+        k=case.k[:, :1].repeat(1, 2, 1, 1), q=case.k[:, :1].repeat(1, 2, 1, 1), v=case.v[:, :1].repeat(1, 2, 1, 1)
+    )
     out, _, _ = case.run(backend, info=info)
-    assert_equal(out, case.v)  # theta = 1/2 and a unit key: one step writes the value exactly; the second finds no error
+    assert_equal(
+        out, case.v
+    )  # theta = 1/2 and a unit key: one step writes the value exactly; the second finds no error

@@ -90,7 +90,9 @@ def test_truncated_checkpoint_is_named(tmp_path, text, name):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, text, monkeypatch):
-    monkeypatch.setattr(_Trainer, "compute_loss", lambda self, model, *a, **k: next(model.parameters()).sum() * torch.nan)
+    monkeypatch.setattr(
+        _Trainer, "compute_loss", lambda self, model, *a, **k: next(model.parameters()).sum() * torch.nan
+    )
     with pytest.raises(FloatingPointError, match=r"nan at step 1; lower training\.learning_rate"):
         train(config(tmp_path / "run", text), TASK, progress=False)
 

@@ -14,6 +14,22 @@ from titans.memory.pieces import align, check_mask, take
 GATES = ("sigmoid", "write")
 
 
+class GateProjection(nn.Linear):
+    """Pre-activations of the three gates of every head, [..., dim] -> [..., 3 * heads]."""
+
+    def __init__(self, dim: int, heads: int, gate: str):
+        self.heads, self.gate = heads, gate
+        super().__init__(dim, 3 * heads)
+
+    def reset_parameters(self) -> None:
+        """The same gates for every token: theta half of ``max_lr`` (3/4 for ``"write"``), eta 1/2, alpha 0.1 %."""
+        write = 0.0 if self.gate == "sigmoid" else 1.5
+        start = torch.tensor([write, 0.0, math.log(0.001 / 0.999)])
+        with torch.no_grad():
+            self.weight.zero_()
+            self.bias.copy_(start.repeat_interleave(self.heads))
+
+
 class NeuralMemory(nn.Module):
     """Neural long-term memory (arXiv 2501.00663, section 3): a sequence mixer [B, T, dim] -> [B, T, dim].
 
@@ -56,20 +72,11 @@ class NeuralMemory(nn.Module):
         inner = heads * self.head_dim
         self.qkv_proj = nn.Linear(dim, 3 * inner, bias=False)
         self.conv = ShortConvolution(3 * inner, conv_size)
-        self.gates_proj = nn.Linear(dim, 3 * heads)
+        self.gates_proj = GateProjection(dim, heads, gate)
         self.weights = nn.ParameterList(self.network.init(heads, self.head_dim))
         self.out_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
         self.out_gate = nn.Linear(dim, inner, bias=False)
         self.out_proj = nn.Linear(inner, dim, bias=False)
-        self.reset_gates()
-
-    def reset_gates(self) -> None:
-        """Starts gates independent of the token: half of max_lr (3/4 for ``"write"``), eta 1/2, alpha 0.1 %."""
-        nn.init.zeros_(self.gates_proj.weight)
-        write, momentum, forget = self.gates_proj.bias.data.view(3, self.heads)
-        write.fill_(0.0 if self.gate == "sigmoid" else 1.5)
-        momentum.fill_(0.0)
-        forget.fill_(math.log(0.001 / 0.999))
 
     def initial_state(self, batch: int) -> MemoryState:
         """The state before the first token of ``batch`` sequences."""

@@ -85,11 +85,12 @@ class MemoryMLP:
     def init(self, heads: int, dim: int) -> tuple[Tensor, ...]:
         """A start M_0 for ``heads`` memories: maps [heads, d_in, d_out], then gain and bias [heads, dim] with ``norm``.
 
-        The first map has unit variance, because its inputs are L2-normalised keys; the others 1/d_in.
+        The norm makes the network blind to the scale of its maps, so that their scale sets how fast they learn: with unit
+        variance, one token's step moves the output by a fraction of theta, whatever the widths. Without norm the maps have
+        variance 1 / hidden, for small outputs.
         """
-        maps = [
-            torch.randn(heads, i, o) * (1.0 if layer == 0 else i**-0.5) for layer, (i, o) in enumerate(self.shapes(dim))
-        ]
+        scale = 1.0 if self.norm else max(1, round(dim * self.expansion)) ** -0.5
+        maps = [torch.randn(heads, i, o) * scale for i, o in self.shapes(dim)]
         affine = [torch.ones(heads, dim), torch.zeros(heads, dim)] if self.norm else []
         return tuple(maps + affine)
 

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from titans.layers import LMM, MAC, MAG, MAL, NeuralMemory
 from titans.layers.block import Block
+from titans.layers.neural_memory import GateProjection
 from titans.models.cache import TitansCache
 from titans.models.configuration import TitansConfig
 
@@ -44,11 +44,8 @@ class TitansPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, NeuralMemory):
-            bias = module.gates_proj.bias
-            if not getattr(bias, "_is_hf_initialized", False):
-                init.zeros_(module.gates_proj.weight)
-                module.reset_gates()
+        if isinstance(module, GateProjection):
+            module.reset_parameters()
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -52,7 +52,7 @@ def read_documents(source: str | os.PathLike, text_field: str = "text") -> Itera
         documents = _read_dataset(str(path), text_field) if saved else _read_folder(path, text_field)
     elif path.exists():
         documents = _read_file(path, text_field)
-    elif Path(str(source).rpartition(":")[0]).is_dir() or _is_dataset_name(str(source)):
+    elif _is_dataset_name(str(source)):
         documents = _read_dataset(str(source), text_field)
     else:
         raise FileNotFoundError(
@@ -68,6 +68,10 @@ def read_documents(source: str | os.PathLike, text_field: str = "text") -> Itera
 
 
 def _is_dataset_name(source: str) -> bool:
+    """Whether `source` reads like `name`, `owner/name`, either with `:split`, or like `saved_folder:split`."""
+    saved, colon, _ = source.rpartition(":")
+    if colon and Path(saved).is_dir():
+        return True
     files = {".txt", ".md", ".py", ".json", ".jsonl", ".csv", *_OPENERS}
     return bool(_DATASET_NAME.fullmatch(source)) and Path(source).suffix.lower() not in files
 
@@ -145,8 +149,8 @@ def _read_dataset(source: str, text_field: str) -> Iterator[str]:
     name = name if colon else source
     try:
         if Path(name).is_dir():
-            rows = datasets.load_from_disk(name)
-            rows: Any = rows[split if colon else "train"] if isinstance(rows, datasets.DatasetDict) else rows
+            rows: Any = datasets.load_from_disk(name)
+            rows = rows[split if colon else "train"] if isinstance(rows, datasets.DatasetDict) else rows
         else:
             rows = datasets.load_dataset(name, split=split if colon else "train")
     except Exception as error:  # the library raises a dozen types for "no such data set"
@@ -308,6 +312,8 @@ class WindowDataset(Dataset):
         return len(self.ids) // self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
         window = self.ids[index * self.length : (index + 1) * self.length]
         ids = torch.from_numpy(window.astype(np.int64))
         return {"input_ids": ids, "labels": ids}

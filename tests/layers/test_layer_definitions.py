@@ -1,0 +1,104 @@
+"""Each block against its equations written out with loops and dense masks (arXiv 2501.00663, eqs. 21-31)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layer_cases import DIM, SIZES, assert_equal, build, run, tokens
+from torch import Tensor
+
+from titans.layers.attention import rotate
+from titans.memory import current_maps
+
+T = 21
+
+
+def attend(attention, x: Tensor, rows: Tensor, persistent: Tensor | None, memory: Tensor | None = None) -> Tensor:
+    """Softmax attention of x [T, dim] with a dense boolean mask ``rows`` [T, T], one head after the other.
+
+    Keys: persistent tokens (seen by all, without position), ``memory`` tokens (at their token's position), tokens.
+    """
+    H, d = attention.heads, attention.head_dim
+    wq, wk, wv = attention.qkv_proj.weight.chunk(3)
+    places = torch.arange(len(x))
+    outs = []
+    for h in range(H):
+        at = slice(h * d, (h + 1) * d)
+
+        def turned(t):
+            return rotate(t.unsqueeze(1), places).squeeze(1)
+
+        keys, values, seen = [turned(x @ wk[at].T)], [x @ wv[at].T], [rows]
+        if memory is not None:
+            keys, values, seen = [turned(memory @ wk[at].T), *keys], [memory @ wv[at].T, *values], [rows, rows]
+        if persistent is not None:
+            still = persistent @ wk[at].T
+            still = torch.cat([torch.zeros_like(still[:, : d // 2]), still[:, d // 2 :]], 1)
+            keys, values = [still, *keys], [persistent @ wv[at].T, *values]
+            seen = [torch.ones(len(x), len(persistent), dtype=torch.bool), *seen]
+        scores = turned(x @ wq[at].T) @ torch.cat(keys).T / d**0.5
+        outs.append(scores.masked_fill(~torch.cat(seen, 1), -torch.inf).softmax(-1) @ torch.cat(values))
+    return torch.cat(outs, -1)
+
+
+def window(reach: int) -> Tensor:
+    i, j = torch.arange(T).unsqueeze(1), torch.arange(T)
+    return (j <= i) & (j > i - reach)
+
+
+def mac(block, x: Tensor, reach: int) -> Tensor:
+    outs, state = [], block.memory.initial_state(1)
+    for start in range(0, T, reach):
+        s = x[start : start + reach]
+        h = block.memory.read(s.unsqueeze(0), tuple(current_maps(state)))[0]  # eq. 21
+        causal = torch.ones(len(s), len(s), dtype=torch.bool).tril()
+        y = attend(block.attention, s, causal, block.persistent, h)  # eqs. 22, 23
+        for t in range(len(s)):  # eq. 24, and the per-token read of eq. 25
+            m, state = block.memory(y[t].view(1, 1, DIM), state)
+            outs.append(block.gate(y[t], m[0, 0]))
+    return torch.stack(outs)
+
+
+def mag(block, x: Tensor, reach: int) -> Tensor:
+    y = attend(block.attention, x, window(reach), block.persistent)
+    return block.gate(y, remembered(block, x))
+
+
+def mal(block, x: Tensor, reach: int) -> Tensor:
+    y = block.memory_norm(remembered(block, x))
+    return block.out_proj(attend(block.attention, y, window(reach), None))
+
+
+def remembered(block, x: Tensor) -> Tensor:
+    """M([P | x]) without its prefix (eqs. 26, 28, 29, 30)."""
+    prefix = x[:0] if block.persistent is None else block.persistent
+    return block.memory(torch.cat([prefix, x]).unsqueeze(0))[0][0, len(prefix) :]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("name", "mix"), [("mac", mac), ("mag", mag), ("mal", mal)])
+def test_block_is_its_equations(name, mix, size):
+    block, x = build(name, size), tokens(T=T)
+    got = run(block, x)[0]
+    for b in range(2):
+        y = x[b] + mix(block, block.mix_norm(x[b]), SIZES[size][1])
+        gate, up = block.feed_forward.up_proj(block.feed_forward_norm(y)).chunk(2, -1)
+        assert_equal(got[b], y + block.feed_forward.down_proj(F.silu(gate) * up))
+
+
+def test_rotary_positions_are_relative():
+    """Scores depend on distances, in the rotary half; the other half does not turn."""
+    q, k = torch.randn(2, 1, 1, 8, dtype=torch.float64)
+    scores = [(rotate(q, torch.tensor([a])) * rotate(k, torch.tensor([a - 3]))).sum() for a in (3, 10, 5000)]
+    assert_equal(scores[1:], [scores[0]] * 2)
+    assert not torch.allclose((rotate(q, torch.tensor([4])) * rotate(k, torch.tensor([0]))).sum(), scores[0])
+    assert torch.equal(rotate(q, torch.tensor([7]))[..., 4:], q[..., 4:])
+
+
+def test_attention_does_not_reach_past_its_window():
+    """A change beyond the window moves MAG's attention by nothing."""
+    block, x = build("mag", "4 in 8"), tokens(T=T)
+    other = x.clone()
+    other[:, 3] += 1
+    y, z = (block.attention(t, block.attention.initial_state(2), None)[0] for t in (x, other))
+    moved = (y != z).any(-1).any(0)
+    assert moved.tolist() == [3 <= t < 3 + 8 for t in range(T)]
