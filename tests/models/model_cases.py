@@ -16,9 +16,9 @@ MODELS = [(variant, size) for variant in VARIANTS for size in SIZES if variant !
 def config(variant: str, size: str = "3 in 8", **changes) -> TitansConfig:
     chunk, reach, persistent = SIZES[size]
     sizes = {
-        "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "memory_expansion": 2, "chunk_size": chunk, "segment_length": reach, "sliding_window": reach,
-        "num_persistent_tokens": persistent, "pad_token_id": 0,
+        "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "memory_expansion": 2, "chunk_size": chunk, "segment_length": reach,
+        "sliding_window": reach, "num_persistent_tokens": persistent, "pad_token_id": 0,
     }  # fmt: skip
     return TitansConfig(variant=variant, **{**sizes, **changes})
 

@@ -60,7 +60,7 @@ def test_round_trip_through_json(variant, tmp_path):
     made.save_pretrained(tmp_path)
     for loaded in (TitansConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
         assert isinstance(loaded, TitansConfig)
-        assert loaded.to_dict() == made.to_dict()
+        assert loaded.to_diff_dict() | {"_name_or_path": ""} == made.to_diff_dict() | {"_name_or_path": ""}
 
 
 # published parameter counts; the heads of the memory and the feed-forward width are not, so a quarter is room enough

@@ -9,9 +9,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from titans.tasks import get_task, language
+from titans.training import likelihood
 from titans.training.config import parse_config
 from titans.training.models import build_model
-from titans.training.text import Corpus, byte_tokenizer
+from titans.training.tokens import Corpus, byte_tokenizer
 
 TASK = get_task("language")
 BYTES = byte_tokenizer()
@@ -33,7 +34,7 @@ class Uniform(PreTrainedModel):
 @pytest.mark.parametrize("window", [3, 100, None])
 def test_a_uniform_model_needs_eight_bits_a_byte(window):
     corpus = Corpus.build(["two words", "another three words"], BYTES)
-    measured = language.measure(Uniform(), corpus, window)
+    measured = likelihood.measure(Uniform(), corpus, window)
     assert measured["bits_per_byte"] == pytest.approx(8)
     assert measured["word_perplexity"] == pytest.approx(math.exp(28 * math.log(256) / 5))
     assert measured["positions"] == [{"from": 0, "to": 128, "tokens": 28, "bits_per_byte": pytest.approx(8)}]
@@ -41,17 +42,17 @@ def test_a_uniform_model_needs_eight_bits_a_byte(window):
 
 def test_position_buckets_double_and_cover_all_tokens():
     corpus = Corpus.build(["a" * 300, "b" * 100], BYTES)
-    positions = language.measure(Uniform(), corpus, None)["positions"]
+    positions = likelihood.measure(Uniform(), corpus, None)["positions"]
     assert [(p["from"], p["to"], p["tokens"]) for p in positions] == [(0, 128, 228), (128, 256, 128), (256, 512, 44)]
 
 
 @pytest.mark.parametrize("window", [16, 40, None])
 def test_nats_equal_a_forward_pass_a_window(window, monkeypatch):
-    monkeypatch.setattr(language, "_PIECE", 24)  # windows longer than a piece are streamed
+    monkeypatch.setattr(likelihood, "_PIECE", 24)  # windows longer than a piece are streamed
     spec = {"type": "sliding_llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
     model = build_model(spec, vocab_size=258, eos_token_id=256, pad_token_id=257).eval()
     corpus = Corpus.build(["The quick brown fox jumps over the lazy dog, again and again.", "Short.", "x" * 33], BYTES)
-    nats = language.token_nats(model, corpus, window)
+    nats = likelihood.token_nats(model, corpus, window)
     for ids, values in zip(corpus.ids, nats, strict=True):
         with_end = np.concatenate([[256], ids]).astype(np.int64)
         for start in range(0, len(ids), window or len(ids)):

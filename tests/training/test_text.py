@@ -9,17 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titans.training.text import (
-    Corpus,
-    WindowDataset,
-    byte_tokenizer,
-    encode,
-    hold_out,
-    load_tokenizer,
-    read_documents,
-    stdlib_documents,
-    truncate,
-)
+from titans.training.text import hold_out, read_documents, stdlib_documents, truncate
+from titans.training.tokens import Corpus, WindowDataset, byte_tokenizer, encode, load_tokenizer
 
 BYTES = byte_tokenizer()
 ROWS = [{"text": "first"}, {"text": "second\nline"}]
@@ -114,7 +105,7 @@ def test_special_tokens_in_a_text_are_text(tmp_path):
 
 
 def test_gpt2_form_of_a_tokenizer_folder(tmp_path):
-    letters = {letter: i for i, letter in enumerate(sorted(BYTES.get_vocab()) + ["th"])}
+    letters = {letter: i for i, letter in enumerate([*sorted(BYTES.get_vocab()), "th"])}
     (tmp_path / "vocab.json").write_text(json.dumps(letters))
     (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\n")
     tokenizer = load_tokenizer(str(tmp_path))

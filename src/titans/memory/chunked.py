@@ -35,7 +35,9 @@ def chunked(
     C, L, dtype = state.chunk_size, network.depth, q.dtype
     G = B * H  # every memory by itself: [B, T, H, ...] becomes [G, T, ...]
 
-    cut = Cut(state.position.repeat_interleave(H), None if lengths is None else lengths.repeat_interleave(H), T, C, not info)
+    cut = Cut(
+        state.position.repeat_interleave(H), None if lengths is None else lengths.repeat_interleave(H), T, C, not info
+    )
     split = [cut.split(x.transpose(1, 2).flatten(0, 1)) for x in (q, k, v, gates)]
     weights, momentum = [w.flatten(0, 1) for w in state.weights], [s.flatten(0, 1) for s in state.momentum]
     start = [h.flatten(0, 1) for h in (*state.inputs, *state.signals, state.gates)]

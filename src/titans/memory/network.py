@@ -159,6 +159,39 @@ class MemoryMLP:
         grad = grad - grad.mean(-1, keepdim=True) - unit * (grad * unit).mean(-1, keepdim=True)
         return (rstd * grad).to(dtype), error.square().sum(-1)
 
+    def output_signal_backward(
+        self, out: Tensor, affine: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor, gd: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Gradients of out, k, v [G, T, D] and of affine, from the gradient ``gd`` of ``output_signal``'s first result."""
+        dtype, out, target, gd = k.dtype, _at_least_float32(out), _at_least_float32(v), _at_least_float32(gd)
+        if self.residual:
+            target = target - k
+        gaffine: list[Tensor] = []
+        if not self.norm:
+            gout = 2 * gd
+            gtarget = -gout
+        else:
+            centred = out - out.mean(-1, keepdim=True)
+            rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.norm_eps)
+            unit = centred * rstd
+            error = self._affine(unit, affine) - target
+            gain = affine[0] if affine else 1.0
+            grad = 2 * error * gain
+            share, gshare = (grad * unit).mean(-1, keepdim=True), (gd * unit).mean(-1, keepdim=True)
+            ggrad = rstd * (gd - gd.mean(-1, keepdim=True) - unit * gshare)
+            gerror = 2 * gain * ggrad
+            gunit = gain * gerror - rstd * (share * gd + gshare * grad)
+            along = (gd * (grad - unit * share)).mean(-1, keepdim=True) - gd.mean(-1, keepdim=True) * grad.mean(
+                -1, keepdim=True
+            )
+            gout = rstd * (gunit - unit * (rstd * along + (gunit * unit).mean(-1, keepdim=True)))
+            gout = gout - gout.mean(-1, keepdim=True)
+            gtarget = -gerror
+            if affine:
+                gaffine = [(gerror * unit + 2 * error * ggrad).sum(1, keepdim=True), gerror.sum(1, keepdim=True)]
+        gtarget = gtarget.to(dtype)
+        return gout.to(dtype), -gtarget if self.residual else torch.zeros_like(k), gtarget, gaffine
+
     @staticmethod
     def _affine(x: Tensor, affine: tuple[Tensor, Tensor] | None) -> Tensor:
         return x if affine is None else (x * affine[0] + affine[1]).to(x.dtype)

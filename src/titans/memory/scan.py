@@ -144,9 +144,7 @@ class _Scan(torch.autograd.Function):
 def _recompute(start, network, q, k, v, masks, affine, first: int) -> list:
     (W, S), chunks = start, []
     for c in range(first, min(len(q), first + GROUP)):
-        _, chunk = _forward(
-            network, q[c], k[c], v[c], _at(masks, c), affine, _cast(W, q.dtype), _cast(S, q.dtype)
-        )
+        _, chunk = _forward(network, q[c], k[c], v[c], _at(masks, c), affine, _cast(W, q.dtype), _cast(S, q.dtype))
         chunks.append((W, S, chunk))
         W, S = advance(W, S, chunk.x, chunk.d, _at(masks, c))
     return chunks
@@ -199,7 +197,7 @@ def _backward(network: MemoryMLP, t: _Chunk, W32, S32, k, v, masks: ChunkMasks, 
         gd[i + 1].baddbmm_(gu, W[i + 1])
         left[i + 1].append(gu)
         right[i + 1].append(t.d[i + 1])
-    gz, gk, gv, *gaffine = _signal_backward(network, t.preact, affine, k, v, gd[-1])
+    gz, gk, gv, gaffine = network.output_signal_backward(t.preact, affine, k, v, gd[-1])
     for i in reversed(range(L)):  # the keys' forward
         left[i].append(t.x[i])
         right[i].append(gz)
@@ -217,15 +215,6 @@ def _backward(network: MemoryMLP, t: _Chunk, W32, S32, k, v, masks: ChunkMasks, 
     gm.momentum_write.copy_(gto_s)
     gm.momentum_keep[:, 0, 0] = gmomentum_keep
     return gh, gx[0] + gk, gv, gW, gS, gaffine
-
-
-def _signal_backward(network: MemoryMLP, out: Tensor, affine, k: Tensor, v: Tensor, gd: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of out, k, v and affine through ``output_signal``, by automatic differentiation (it is narrow)."""
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (out, k, v, *(affine or ()))]
-        d, _ = network.output_signal(leaves[0], tuple(leaves[3:]) or None, leaves[1], leaves[2])
-        grads = torch.autograd.grad(d, leaves, gd, allow_unused=True)
-    return tuple(torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True))
 
 
 def _add_product(state: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> Tensor:

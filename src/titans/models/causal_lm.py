@@ -140,9 +140,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
 
         ``logits_to_keep`` > 0: logits of that many last tokens only. Everything else as ``TitansModel``.
         """
-        out = self.model(
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states
-        )
+        out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states)
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:] if logits_to_keep else out.last_hidden_state)
         loss = None
         if labels is not None:

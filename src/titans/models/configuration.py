@@ -75,7 +75,9 @@ class TitansConfig(PreTrainedConfig):
         for key in kwargs:
             if not (key.startswith("_") or key in _BASE_KEYS or hasattr(PreTrainedConfig, key)):
                 near = difflib.get_close_matches(key, self.__annotations__, 1)
-                raise ValueError(f"unknown key {key!r} for a Titans model" + (f"; did you mean {near[0]!r}?" if near else ""))
+                raise ValueError(
+                    f"unknown key {key!r} for a Titans model" + (f"; did you mean {near[0]!r}?" if near else "")
+                )
         if self.num_memory_heads is None:
             self.num_memory_heads = self.num_attention_heads
         if self.intermediate_size is None:
@@ -127,25 +129,40 @@ def titans_tiny(variant: str = "mac", **overrides: Any) -> TitansConfig:
 
 
 def _paper(variant: str, overrides: dict[str, Any], **sizes: int) -> TitansConfig:
-    common = {"vocab_size": 32_000, "chunk_size": 64, "segment_length": 512, "sliding_window": 512, "num_persistent_tokens": 16}
+    # the paper names layers and widths; the feed-forward width makes the count come out (MAC, 32,000 tokens, tied)
+    common = {
+        "vocab_size": 32_000,
+        "chunk_size": 64,
+        "segment_length": 512,
+        "sliding_window": 512,
+        "num_persistent_tokens": 16,
+    }
     return TitansConfig(**{"variant": variant, **common, **sizes, **overrides})
 
 
 def titans_170m(variant: str = "mac", **overrides: Any) -> TitansConfig:
     """The paper's smallest size: 12 layers, 768 wide."""
-    return _paper(variant, overrides, hidden_size=768, num_hidden_layers=12, num_attention_heads=12)
+    return _paper(
+        variant, overrides, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2784
+    )
 
 
 def titans_340m(variant: str = "mac", **overrides: Any) -> TitansConfig:
     """The paper's 340M: 24 layers, 1,024 wide."""
-    return _paper(variant, overrides, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=1536)
+    return _paper(
+        variant, overrides, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=896
+    )
 
 
 def titans_400m(variant: str = "mac", **overrides: Any) -> TitansConfig:
     """The paper's 400M: 24 layers, 1,024 wide."""
-    return _paper(variant, overrides, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16)
+    return _paper(
+        variant, overrides, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=1728
+    )
 
 
 def titans_760m(variant: str = "mac", **overrides: Any) -> TitansConfig:
     """The paper's largest size: 24 layers, 1,536 wide."""
-    return _paper(variant, overrides, hidden_size=1536, num_hidden_layers=24, num_attention_heads=16)
+    return _paper(
+        variant, overrides, hidden_size=1536, num_hidden_layers=24, num_attention_heads=16, intermediate_size=1568
+    )

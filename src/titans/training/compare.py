@@ -135,9 +135,11 @@ def _tune(experiment: Experiment, task: Task, name: str, entry: dict[str, Any], 
     entry["chosen"] = {}
     if experiment.tuning is None:
         return
+    # One validation, at the end: a trial is short.
+    short = {"tokens": experiment.tuning["tokens"], "seed": experiment.seeds_of(name)[0], "eval_every": 1}
     for rate in experiment.tuning["learning_rate"]:
-        training = {"learning_rate": rate, "tokens": experiment.tuning["tokens"], "seed": experiment.seeds_of(name)[0]}
-        run = _run(experiment.config(task, name, f"tune{rate:g}", **training), task, say, evaluate=False)
+        config = experiment.config(task, name, f"tune{rate:g}", learning_rate=rate, **short)
+        run = _run(config, task, say, evaluate=False)
         entry["tuning"].append({"learning_rate": rate, "validation_loss": run["validation_loss"]})
     finite = [trial for trial in entry["tuning"] if trial["validation_loss"] is not None]
     if not finite:

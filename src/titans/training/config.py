@@ -42,7 +42,7 @@ class TrainingConfig:
     weight_decay: float = option(0.1, "of matrices; norms, biases, gates and other vectors have none")
     max_grad_norm: float = option(1.0, "longer gradients are scaled down to this norm")
     bf16: bool = option(False, "bfloat16 autocast; weights, optimizer and memory state stay float32")
-    eval_every: float = option(0.1, "validate and save a checkpoint every so many steps, or fraction of the run if < 1")
+    eval_every: float = option(0.1, "validate and save a checkpoint every so many steps; up to 1: fraction of the run")
     seed: int = option(0, "of initialisation and of the order of the windows")
 
     def __post_init__(self):

@@ -99,7 +99,7 @@ class _Trainer(Trainer):
 
 def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
     training = config.training
-    interval = training.eval_every if training.eval_every >= 1 else max(1, round(training.eval_every * training.steps))
+    interval = training.eval_every * (training.steps if training.eval_every <= 1 else 1)
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
@@ -116,9 +116,9 @@ def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
         bf16=training.bf16,
         seed=training.seed,
         eval_strategy="steps",
-        eval_steps=interval,
+        eval_steps=max(1, round(interval)),
         save_strategy="steps",
-        save_steps=interval,
+        save_steps=max(1, round(interval)),
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",

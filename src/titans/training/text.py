@@ -1,4 +1,4 @@
-"""Text in, token windows out: readers, the byte-level tokenizer, packed windows."""
+"""Text in: readers of files, folders and data sets, the embedded default, cutting to size."""
 
 import gzip
 import hashlib
@@ -9,23 +9,11 @@ import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tokenizers
-import torch
-from tokenizers import decoders, models, pre_tokenizers
-from torch.utils.data import Dataset
-from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
 logger = logging.getLogger(__name__)
 
-Tokenizer = Any  # a PreTrainedTokenizerBase: the library's own types promise less than it returns
-
-END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 _DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 # Folders of the standard library that hold tests, generated tables or what was installed later.
@@ -205,115 +193,3 @@ def truncate(documents: Iterable[str], max_bytes: int) -> list[str]:
         left -= min(size, limit)
     kept = [data[:limit].decode(errors="ignore") for data in encoded]
     return [document for document in kept if document]
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte: ids 0 to 255 are the bytes, 256 ends (and begins) a text, 257 pads. Round-trips any str."""
-    vocabulary = {letter: byte for byte, letter in bytes_to_unicode().items()}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=PAD,
-        split_special_tokens=True,  # "<|endoftext|>" inside a text is thirteen bytes like any other
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def load_tokenizer(name_or_path: str = "bytes") -> Tokenizer:
-    """The byte-level tokenizer ("bytes"), or that of a folder (tokenizer.json, or GPT-2's vocab.json and merges.txt).
-
-    Raises:
-        ValueError: no tokenizer there, or one without an end-of-text token.
-    """
-    if name_or_path == "bytes":
-        return byte_tokenizer()
-    try:
-        if (Path(name_or_path) / "vocab.json").exists() and not (Path(name_or_path) / "tokenizer.json").exists():
-            tokenizer: Tokenizer = GPT2Tokenizer.from_pretrained(name_or_path)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except Exception as error:  # the library raises many types for "no tokenizer there"
-        raise ValueError(
-            f"tokenizer={name_or_path!r} cannot be loaded ({error}); give 'bytes' or a folder with "
-            "tokenizer.json, or with vocab.json and merges.txt"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer={name_or_path!r} has no end-of-text token; set its eos_token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def encode(tokenizer: Tokenizer, documents: list[str]) -> list[np.ndarray]:
-    """Token ids of each document, uint16 or uint32 [tokens], without special tokens."""
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    letters = bytes_to_unicode()
-    vocabulary = tokenizer.get_vocab()
-    if len(vocabulary) - len(tokenizer.get_added_vocab()) == 256 and all(c in vocabulary for c in letters.values()):
-        # A table look-up: the tokenizer itself would take minutes for a shelf of books.
-        table = np.array([vocabulary[letters[byte]] for byte in range(256)], dtype=dtype)
-        return [table[np.frombuffer(document.encode(), np.uint8)] for document in documents]
-    plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    return [np.asarray(tokenizer(document, **plain)["input_ids"], dtype=dtype) for document in documents]
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Tokenized documents. `ids` is one uint16 or uint32 array a document; the sizes are those of the text itself."""
-
-    ids: list[np.ndarray]
-    eos_token_id: int
-    num_bytes: int
-    num_words: int
-
-    @classmethod
-    def build(cls, documents: Iterable[str], tokenizer: Tokenizer) -> "Corpus":
-        """Tokenizes `documents`; bytes are utf-8 bytes, words are split at white space."""
-        documents = list(documents)
-        return cls(
-            ids=encode(tokenizer, documents),
-            eos_token_id=int(tokenizer.eos_token_id),
-            num_bytes=sum(len(d.encode()) for d in documents),
-            num_words=sum(len(d.split()) for d in documents),
-        )
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(len, self.ids))
-
-    def packed(self) -> np.ndarray:
-        """All documents end to end, each ended by the end-of-text token: [tokens + documents]."""
-        end = np.array([self.eos_token_id], dtype=self.ids[0].dtype)
-        return np.concatenate([part for ids in self.ids for part in (ids, end)])
-
-
-class WindowDataset(Dataset):
-    """Windows of `length` tokens cut from packed ids, without overlap; a last, shorter one is dropped.
-
-    Items are `{"input_ids": LongTensor [length], "labels": the same}`: the model shifts the labels itself.
-
-    Raises:
-        ValueError: the text is shorter than one window.
-    """
-
-    def __init__(self, ids: np.ndarray, length: int):
-        if len(ids) < length:
-            raise ValueError(
-                f"training.length={length} is longer than the whole text of {len(ids)} tokens; "
-                "use a shorter length or more text"
-            )
-        self.ids, self.length = ids, length
-
-    def __len__(self) -> int:
-        return len(self.ids) // self.length
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        window = self.ids[index * self.length : (index + 1) * self.length]
-        ids = torch.from_numpy(window.astype(np.int64))
-        return {"input_ids": ids, "labels": ids}
