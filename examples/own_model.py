@@ -1,6 +1,6 @@
 """Put NeuralMemory into a model of your own, and look at what it does.
 
-A toy recurrent classifier: which of eight symbols stood first, 300 tokens ago? Attention-free; the memory has to hold it.
+Which of eight symbols stood first, 300 tokens ago? There is no attention: the memory has to hold it.
 """
 
 import torch

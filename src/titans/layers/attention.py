@@ -1,8 +1,8 @@
 """Attention of bounded reach: inside a segment, or in a sliding window; work a token does not grow with the sequence.
 
-Half of each head's dimensions carry rotary positions, the other half none. Positions are counted from the start of the
-segment or block, so that they stay small after millions of tokens. Persistent tokens have no position: their keys are zero
-in the rotary half, and every query sees them.
+Half of each head's dimensions carry rotary positions, the other half none. Positions count from the start of the segment
+or block, so that they stay small after millions of tokens. Persistent tokens have no position: their keys are zero in the
+rotary half, and every query sees them.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class _Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         if dim % heads or (dim // heads) % 4:
-            raise ValueError(f"dim={dim} must be heads={heads} times a multiple of 4 (rotary halves)")
+            raise ValueError(f"dim={dim} must be heads={heads} times a multiple of 4, for rotary halves")
         self.heads, self.head_dim = heads, dim // heads
         self.qkv_proj = nn.Linear(dim, 3 * dim, bias=False)
 

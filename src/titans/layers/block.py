@@ -13,8 +13,8 @@ from titans.memory.pieces import align, check_mask, take
 class Block(nn.Module):
     """``x + mix(norm(x))``, then ``x + feed_forward(norm(x))``; subclasses write ``mix``.
 
-    ``forward(x, state=None, mask=None) -> (y, state)`` with x, y [B, T, dim], ``state`` what an earlier call returned, and
-    ``mask`` [B, T] zero at padding, which may stand anywhere and changes nothing.
+    ``forward(x, state=None, mask=None) -> (y, state)`` with x, y [B, T, dim], ``state`` what an earlier call returned,
+    and ``mask`` [B, T] zero at padding, which may stand anywhere and changes nothing.
     """
 
     def __init__(self, dim: int, intermediate_size: int):

@@ -17,7 +17,7 @@ from titans.memory.pieces import Cut
 class MACState(State):
     """A segment half-way through.
 
-    ``memory``: written so far; ``maps``: the memory as it stood when the segment began, which memory tokens are read from;
+    ``memory``: written so far; ``maps``: the memory as it stood when the segment began, read by the memory tokens;
     ``held``: keys and values of the open segment; ``position`` [B]: tokens read.
     """
 
@@ -30,8 +30,8 @@ class MACState(State):
 class MAC(Block):
     """Attention over ``[P | h | segment]`` with h read from the memory of earlier segments; what it finds is written.
 
-    Two readings of the paper would leak the future: here token i sees memory tokens h_j for j <= i only, and eq. 25 reads the
-    memory as it stands at token i.
+    Read literally, the paper would leak the future twice: here token i sees memory tokens h_j for j <= i only, and eq. 25
+    reads the memory as it stands at token i.
 
     Args:
         memory: the neural memory, whose ``dim`` is the block's.

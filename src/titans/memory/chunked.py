@@ -17,7 +17,7 @@ Tensors = Sequence[Tensor]
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, affine: Tensors, network: MemoryMLP,
     state: MemoryState, lengths: Tensor | None, info: bool,
-) -> tuple[Tensor, MemoryState, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, MemoryState, tuple[Tensor, ...]]:  # fmt: skip
     """Reads and writes chunk by chunk; nothing of size [tokens, d_in, d_out] ever exists.
 
     Args:
@@ -28,8 +28,8 @@ def chunked(
         info: also work out surprise and loss; without it, whole chunks take the fast path.
 
     Returns:
-        out [B, T, H, D], the state after the last token, surprise (norm of the gradient) and loss, both [B, T, H] (empty
-        without ``info``).
+        out [B, T, H, D], the state after the last token, and with ``info`` surprise (norm of the gradient) and loss, both
+        [B, T, H], else ().
     """
     B, T, H, _ = q.shape
     C, L, dtype = state.chunk_size, network.depth, q.dtype
@@ -55,28 +55,26 @@ def chunked(
         if info:
             surprises.append(_surprise(x, d, loss.dtype))
             losses.append(loss)
-        held = [piece.place(new, old, C) for new, old in zip((*x, *d, gates_), held, strict=True)]
-        x, d, masks = held[:L], held[L:-1], chunk_masks(held[-1])
+        filled = [piece.place(new, old, C) for new, old in zip((*x, *d, gates_), held, strict=True)]
+        x, d, masks = filled[:L], filled[L:-1], chunk_masks(filled[-1])
         read = _reader(operands, [s.to(dtype) for s in momentum], x, d, masks, piece)
         outs.append(network.forward(q_, read, norm))
         if piece.closes is not False:
             closed = advance(weights, momentum, x, d, masks)
             weights = [piece.where_closed(new, old) for new, old in zip(closed[0], weights, strict=True)]
             momentum = [piece.where_closed(new, old) for new, old in zip(closed[1], momentum, strict=True)]
-            held = [None if piece.closes is True else piece.where_closed(torch.zeros_like(h), h) for h in held]
+        held = [None if piece.closes is True else piece.where_closed(torch.zeros_like(f), f) for f in filled]
 
     ends = [torch.zeros_like(s) if h is None else h.to(s.dtype) for h, s in zip(held, start, strict=True)]
-    weights, momentum, ends = ([t.unflatten(0, (B, H)) for t in ts] for ts in (weights, momentum, ends))
-    read_so_far = state.position + (T if lengths is None else lengths)
-    end = MemoryState(tuple(weights), tuple(momentum), tuple(ends[:L]), tuple(ends[L:-1]), ends[-1], read_so_far)
+    w, s, ends = (tuple(t.unflatten(0, (B, H)) for t in ts) for ts in (weights, momentum, ends))
+    end = MemoryState(w, s, ends[:L], ends[L:-1], ends[-1], state.position + (T if lengths is None else lengths))
 
     def whole(pieces: list[Tensor], like: Tensor) -> Tensor:
         joined = cut.join(pieces, like.transpose(1, 2).reshape(G, T, *like.shape[3:]))
         return joined.unflatten(0, (B, H)).transpose(1, 2)
 
-    if not info:
-        return whole(outs, q), end, gates.new_empty(0), gates.new_empty(0)
-    return whole(outs, q), end, whole(surprises, gates[..., 0]), whole(losses, gates[..., 0])
+    seen = tuple(whole(pieces, gates[..., 0]) for pieces in (surprises, losses)) if info else ()
+    return whole(outs, q), end, seen
 
 
 def current_maps(state: MemoryState) -> list[Tensor]:
@@ -86,10 +84,9 @@ def current_maps(state: MemoryState) -> list[Tensor]:
     lr, log_momentum, log_retention = state.gates.unbind(-1)
     # momentum moves the memory at every step: it has to end with the last token, or empty slots would add it again
     gates = torch.stack([lr, log_momentum.masked_fill(empty, -torch.inf), log_retention], -1)
-    parts = (state.weights, state.momentum, state.inputs, state.signals)
+    w, s, x, d = ([t.flatten(0, 1) for t in ts] for ts in (state.weights, state.momentum, state.inputs, state.signals))
     with torch.autocast(state.gates.device.type, enabled=False):
-        flat = ([t.flatten(0, 1) for t in part] for part in parts)
-        maps, _ = advance(*flat, chunk_masks(gates.flatten(0, 1)))
+        maps, _ = advance(w, s, x, d, chunk_masks(gates.flatten(0, 1)))
     return [m.unflatten(0, state.gates.shape[:2]) for m in maps]
 
 

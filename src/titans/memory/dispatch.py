@@ -43,8 +43,8 @@ def neural_memory(
 ) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, MemoryInfo]:
     """Neural memory that learns while it reads (arXiv 2501.00663, eqs. 12-16 and 18; memory/README.md).
 
-    For every token: ``S = eta S - theta grad ||M(k) - v||^2``, ``M = (1 - alpha) M + S``, ``y = M(q)``, with the gradient
-    taken at the memory with which the token's chunk began. The read includes the token just written.
+    For every token: ``S = eta S - theta grad ||M(k) - v||^2``, ``M = (1 - alpha) M + S``, ``y = M(q)``, with the
+    gradient taken at the memory with which the token's chunk began. The read includes the token just written.
 
     Args:
         q, k, v: queries, keys, values [B, T, H, D], all of one floating dtype; bfloat16 and float16 compute matrix
@@ -78,21 +78,16 @@ def neural_memory(
 
     norm = tuple(a.to(dtype) for a in affine) if affine else ()
     with torch.autocast(q.device.type, enabled=False):  # precision here follows the arguments, never a context
-        out, end, info = _run(q, k, v, gates, norm, network, state, mask, backend, return_info)
-    return (out, end, info) if return_info else (out, end)
-
-
-def _run(q, k, v, gates, norm, network, state, mask, backend, return_info) -> tuple[Tensor, MemoryState, MemoryInfo]:
-    if backend == "reference":
-        out, end, *info = reference(q, k, v, gates, norm, network, state, mask)
-    elif mask is None:
-        out, end, *info = chunked(q, k, v, gates, norm, network, state, None, return_info)
-    else:
-        index, lengths, undo = align(mask)
-        aligned = (take(x, index) for x in (q, k, v, gates))
-        out, end, *info = chunked(*aligned, norm, network, state, lengths, return_info)
-        out, *info = (take(x, undo) if x.numel() else x for x in (out, *info))
-    return out, end, MemoryInfo(*info)
+        if backend == "reference":
+            out, end, info = reference(q, k, v, gates, norm, network, state, mask)
+        elif mask is None:
+            out, end, info = chunked(q, k, v, gates, norm, network, state, None, return_info)
+        else:
+            index, lengths, undo = align(mask)
+            q, k, v, gates = (take(x, index) for x in (q, k, v, gates))
+            out, end, info = chunked(q, k, v, gates, norm, network, state, lengths, return_info)
+            out, info = take(out, undo), tuple(take(x, undo) for x in info)
+    return (out, end, MemoryInfo(*info)) if return_info else (out, end)
 
 
 def _check(q, k, v, gates, maps, affine, network: MemoryMLP, chunk_size: int, backend: str) -> None:

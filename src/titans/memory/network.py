@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,7 @@ class MemoryMLP:
         """(d_in, d_out) of every linear map for inputs of width ``dim``."""
         hidden = max(1, round(dim * self.expansion))
         widths = [dim] + [hidden] * (self.depth - 1) + [dim]
-        return list(zip(widths[:-1], widths[1:], strict=True))
+        return list(pairwise(widths))
 
     def init(self, heads: int, dim: int) -> tuple[Tensor, ...]:
         """A start M_0 for ``heads`` memories: maps [heads, d_in, d_out], then gain and bias [heads, dim] with ``norm``.

@@ -43,8 +43,8 @@ def check_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
 class Piece:
     """Tokens of every row that fall into the same chunk.
 
-    ``width`` columns; the first is at slot ``offset`` of its chunk (an int, or [B] where rows differ); ``valid`` [B] says
-    how many columns are real (None: all); ``closes`` whether the chunk is full afterwards (a bool, or [B]).
+    ``width`` columns; the first is at slot ``offset`` of its chunk (an int, or [B] where rows differ); ``valid`` [B]
+    says how many columns are real (None: all); ``closes`` whether the chunk is full afterwards (a bool, or [B]).
     """
 
     width: int
@@ -107,7 +107,7 @@ class Cut:
     @staticmethod
     def _even(offset: int, T: int, size: int, merge: bool):
         while T > 0:
-            width = T // size * size if merge and offset == 0 and T >= size else min(size - offset, T)
+            width = T // size * size if merge and offset == 0 and size <= T else min(size - offset, T)
             yield Piece(width, offset, None, (offset + width) % size == 0)
             offset, T = 0, T - width
 

@@ -1,6 +1,7 @@
 """The definition: the recurrence token by token, its gradient by automatic differentiation (README.md, section 1)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from titans.memory.state import MemoryState
 def reference(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, affine: Sequence[Tensor], network: MemoryMLP,
     state: MemoryState, mask: Tensor | None,
-) -> tuple[Tensor, MemoryState, Tensor, Tensor]:  # fmt: skip
-    """Reads and writes one token after the other; arguments and results as ``chunked``, but any mask [B, T] will do."""
+) -> tuple[Tensor, MemoryState, tuple[Tensor, ...]]:  # fmt: skip
+    """Reads and writes one token after the other; as ``chunked``, but any mask [B, T] will do."""
     B, T, _, _ = q.shape
     like, (q, k, v) = q, (t.to(gates.dtype) for t in (q, k, v))
     C = state.chunk_size
@@ -63,9 +64,9 @@ def reference(
     end = MemoryState(frozen, start_momentum, inputs, signals, open_gates, position)
     if not outs:
         empty = gates.new_zeros(gates.shape[:-1])
-        return torch.zeros_like(like), end, empty, empty
+        return torch.zeros_like(like), end, (empty, empty)
     real = real.unsqueeze(-1)
-    return torch.stack(outs, 1).to(like.dtype), end, torch.stack(surprises, 1) * real, torch.stack(losses, 1) * real
+    return torch.stack(outs, 1).to(like.dtype), end, (torch.stack(surprises, 1) * real, torch.stack(losses, 1) * real)
 
 
 def _replay(state: MemoryState) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -94,7 +95,7 @@ def _put(buffer: Tensor, slot: tuple[Tensor, ...], new: Tensor) -> Tensor:
     return buffer.index_put(slot, new.to(buffer.dtype))
 
 
-def _where(rows: Tensor, new, old):
+def _where(rows: Tensor, new: Any, old: Any) -> Any:
     if isinstance(new, tuple):
         return tuple(_where(rows, n, o) for n, o in zip(new, old, strict=True))
     return torch.where(rows.view(-1, *[1] * (new.dim() - 1)), new, old)

@@ -1,7 +1,7 @@
 """Whole chunks in a row, with a backward written by hand: the fast path of ``chunked`` (README.md, section 3).
 
-Symbols: x, d inputs and signals of the keys at every map; u = d W^T before the slope; h inputs of the queries at every map;
-a leading g marks a gradient. Everything is [G, C, ...] for one chunk of G memories.
+Symbols: x, d inputs and signals of the keys at every map; u = d W^T before the slope; h inputs of the queries at every
+map; a leading g marks a gradient. Everything is [G, C, ...] for one chunk of G memories.
 """
 
 from collections.abc import Sequence
@@ -126,7 +126,7 @@ class _Scan(torch.autograd.Function):
         masks, affine, _, _ = _unpack(rest, network)
         gW, gS = list(gend[:L]), list(gend[L:])
         gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        gmasks = ChunkMasks(*(torch.empty_like(m) for m in rest[:5]))
+        gmasks = ChunkMasks(*(torch.zeros_like(m) for m in rest[:5]))
         gaffine = [torch.zeros_like(a) for a in affine] if affine else []
         for g in reversed(range(len(ctx.states))):
             chunks = ctx.kept or _recompute(ctx.states[g], network, q, k, v, masks, affine, g * GROUP)
@@ -151,70 +151,78 @@ def _recompute(start, network, q, k, v, masks, affine, first: int) -> list:
 
 
 def _backward(network: MemoryMLP, t: _Chunk, W32, S32, k, v, masks: ChunkMasks, affine, gz, gW1, gS1, gm: ChunkMasks):
-    """Gradients of one chunk's inputs from those of its output (gz) and of the state after it (gW1, gS1)."""
-    L, dtype = network.depth, k.dtype
-    W, S = _cast(W32, dtype), _cast(S32, dtype)
-    keep_end, momentum_keep = masks.keep[:, -1:], masks.momentum_keep
-    carry_end, masks = masks.carry[:, -1:], ChunkMasks(*_cast(masks, dtype))
-    to_w, to_s = masks.write[:, -1, :, None], masks.momentum_write
+    """Gradients of one chunk's q, k, v, state and affine from those of its output (gz) and of the state after it.
+
+    ``gm`` (zeros) takes the gradients of the masks.
+    """
+    dtype = k.dtype
+    W, S, masks_ = _cast(W32, dtype), _cast(S32, dtype), ChunkMasks(*_cast(masks, dtype))
+    gx, gd = _backward_advance(t, W32, S32, masks_, gW1, gS1, gm)
+    gq, products, gS = _backward_read(t, W, S, masks, masks_, gz, gW1, gS1, gx, gd, gm)
+    gk, gv, gaffine = _backward_keys(network, t, W, k, v, affine, gx, gd, products)
+    gW = []
+    for g, (left, right) in zip(gW1, products, strict=True):
+        gW.append(_add_product(masks.keep[:, -1:] * g, torch.cat(left, 1).mT, torch.cat(right, 1)))
+    return gq, gk, gv, gW, gS, gaffine
+
+
+def _backward_advance(t: _Chunk, W32, S32, masks: ChunkMasks, gW1, gS1, gm: ChunkMasks):
+    """The state after the chunk: gradients of x and d."""
+    to_w, to_s, dtype = masks.write[:, -1, :, None], masks.momentum_write, masks.write.dtype
     gx, gd = [], []
-    gto_w = gto_s = gkeep_end = gcarry_end = gmomentum_keep = 0
-    for i in range(L):  # the state update
-        a, b = gW1[i].to(dtype), gS1[i].to(dtype)
-        xa, xb = torch.bmm(t.x[i], a), torch.bmm(t.x[i], b)
-        gto_w = gto_w - (xa * t.d[i]).sum(-1, keepdim=True)
-        gto_s = gto_s - (xb * t.d[i]).sum(-1, keepdim=True)
-        gd.append(torch.addcmul(xa * to_w, xb, to_s).neg_())
-        da, db = torch.bmm(t.d[i], a.mT), torch.bmm(t.d[i], b.mT)
-        gx.append(torch.addcmul(da * to_w, db, to_s).neg_())
-        gkeep_end = gkeep_end + (gW1[i] * W32[i]).sum((-2, -1))
-        gcarry_end = gcarry_end + (gW1[i] * S32[i]).sum((-2, -1))
-        gmomentum_keep = gmomentum_keep + (gS1[i] * S32[i]).sum((-2, -1))
-    gW, gS = [], []
-    gwrite = gkeep = gcarry = 0
-    left, right = [[] for _ in range(L)], [[] for _ in range(L)]
-    gh = gz
-    for i in reversed(range(L)):  # the queries
+    for x, d, w, s, gw, gs in zip(t.x, t.d, W32, S32, gW1, gS1, strict=True):
+        gm.keep[:, -1, 0] += (gw * w).sum((-2, -1))
+        gm.carry[:, -1, 0] += (gw * s).sum((-2, -1))
+        gm.momentum_keep[:, 0, 0] += (gs * s).sum((-2, -1))
+        gw, gs = gw.to(dtype), gs.to(dtype)
+        xw, xs = torch.bmm(x, gw), torch.bmm(x, gs)
+        gm.write[:, -1] -= (xw * d).sum(-1)
+        gm.momentum_write[..., 0] -= (xs * d).sum(-1)
+        gd.append(torch.addcmul(xw * to_w, xs, to_s).neg_())
+        gx.append(torch.addcmul(torch.bmm(d, gw.mT) * to_w, torch.bmm(d, gs.mT), to_s).neg_())
+    return gx, gd
+
+
+def _backward_read(t: _Chunk, W, S, masks32, masks: ChunkMasks, gz, gW1, gS1, gx, gd, gm: ChunkMasks):
+    """The queries, last map first: gradient of q, of the momentum, and the factors of the weights' gradients."""
+    products, gS, gh = [([], []) for _ in W], [torch.empty(0) for _ in S], gz
+    for i in reversed(range(len(W))):
         h, x, d = t.h[i], t.x[i], t.d[i]
-        left[i].append(h * masks.keep)
-        right[i].append(gz)
-        gS.insert(0, _add_product(torch.addcmul(carry_end * gW1[i], momentum_keep, gS1[i]), (h * masks.carry).mT, gz))
+        products[i][0].append(h * masks.keep)
+        products[i][1].append(gz)
+        after = torch.addcmul(masks32.carry[:, -1:] * gW1[i], masks32.momentum_keep, gS1[i])
+        gS[i] = _add_product(after, (h * masks.carry).mT, gz)
         wz, sz = torch.bmm(gz, W[i].mT), torch.bmm(gz, S[i].mT)
-        gkeep = gkeep + (wz * h).sum(-1, keepdim=True)
-        gcarry = gcarry + (sz * h).sum(-1, keepdim=True)
+        gm.keep.add_((wz * h).sum(-1, keepdim=True))
+        gm.carry.add_((sz * h).sum(-1, keepdim=True))
         gp = torch.bmm(gz, d.mT).neg_()
         gd[i].baddbmm_((t.scores[i] * masks.write).mT, gz, alpha=-1)
-        gwrite = gwrite + gp * t.scores[i]
+        gm.write.add_(gp * t.scores[i])
         gp = gp * masks.write
         gh = torch.addcmul(wz * masks.keep, sz, masks.carry).baddbmm_(gp, x)
         gx[i].baddbmm_(gp.mT, h)
         if i:
             gz = gh * t.read_slopes[i - 1]
+    return gh, products, gS
+
+
+def _backward_keys(network: MemoryMLP, t: _Chunk, W, k, v, affine, gx, gd, products):
+    """The keys' backward (gone through from first map to last), then their forward: gradients of k, v, affine."""
     gslopes = []
-    for i in range(L - 1):  # the keys' backward, backwards: from the first map's signal to the last's
+    for i in range(len(W) - 1):
         gslopes.append(gd[i] * t.u[i])
         gu = gd[i] * t.slopes[i]
         gd[i + 1].baddbmm_(gu, W[i + 1])
-        left[i + 1].append(gu)
-        right[i + 1].append(t.d[i + 1])
+        products[i + 1][0].append(gu)
+        products[i + 1][1].append(t.d[i + 1])
     gz, gk, gv, gaffine = network.output_signal_backward(t.preact, affine, k, v, gd[-1])
-    for i in reversed(range(L)):  # the keys' forward
-        left[i].append(t.x[i])
-        right[i].append(gz)
+    for i in reversed(range(len(W))):
+        products[i][0].append(t.x[i])
+        products[i][1].append(gz)
         gx[i].baddbmm_(gz, W[i].mT)
         if i:
             gz = torch.addcmul(gx[i] * t.slopes[i - 1], gslopes[i - 1], t.curvatures[i - 1])
-    for i in range(L):
-        gW.append(_add_product(keep_end * gW1[i], torch.cat(left[i], 1).mT, torch.cat(right[i], 1)))
-    gm.write.copy_(gwrite)
-    gm.write[:, -1] += gto_w[..., 0]
-    gm.keep.copy_(gkeep)
-    gm.keep[:, -1, 0] += gkeep_end
-    gm.carry.copy_(gcarry)
-    gm.carry[:, -1, 0] += gcarry_end
-    gm.momentum_write.copy_(gto_s)
-    gm.momentum_keep[:, 0, 0] = gmomentum_keep
-    return gh, gx[0] + gk, gv, gW, gS, gaffine
+    return gx[0] + gk, gv, gaffine
 
 
 def _add_product(state: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> Tensor:

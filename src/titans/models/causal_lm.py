@@ -14,21 +14,28 @@ from titans.models.configuration import TitansConfig
 
 def build_block(config: TitansConfig) -> Block:
     """One block of the configured variant."""
+    heads: int = config.num_memory_heads  # type: ignore[assignment]  # filled in by the configuration
+    hidden: int = config.intermediate_size  # type: ignore[assignment]
     memory = NeuralMemory(
-        config.hidden_size, heads=config.num_memory_heads, head_dim=config.memory_head_dim, chunk_size=config.chunk_size,
-        network=config.memory_network, gate=config.memory_gate, max_lr=config.memory_max_lr,
+        config.hidden_size,
+        heads=heads,
+        head_dim=config.memory_head_dim,
+        chunk_size=config.chunk_size,
+        network=config.memory_network,
+        gate=config.memory_gate,
+        max_lr=config.memory_max_lr,
         conv_size=config.memory_conv_size,
-    )  # fmt: skip
+    )
     if config.variant == "lmm":
-        return LMM(memory, intermediate_size=config.intermediate_size)
-    common = {
+        return LMM(memory, intermediate_size=hidden)
+    attention = {
         "num_attention_heads": config.num_attention_heads,
         "num_persistent_tokens": config.num_persistent_tokens,
-        "intermediate_size": config.intermediate_size,
     }
     if config.variant == "mac":
-        return MAC(memory, segment_length=config.segment_length, **common)
-    return {"mag": MAG, "mal": MAL}[config.variant](memory, sliding_window=config.sliding_window, **common)
+        return MAC(memory, **attention, segment_length=config.segment_length, intermediate_size=hidden)
+    block = {"mag": MAG, "mal": MAL}[config.variant]
+    return block(memory, **attention, sliding_window=config.sliding_window, intermediate_size=hidden)
 
 
 class TitansPreTrainedModel(PreTrainedModel):
@@ -50,11 +57,6 @@ class TitansPreTrainedModel(PreTrainedModel):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):  # type: ignore[override]
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = TitansCache(self.config.num_hidden_layers)
 
 
 class TitansModel(TitansPreTrainedModel):
@@ -123,6 +125,11 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         self.model = TitansModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):  # type: ignore[override]
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = TitansCache(self.config.num_hidden_layers)
 
     def forward(
         self,
