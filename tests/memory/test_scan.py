@@ -116,7 +116,10 @@ def test_second_order_gradients_are_right_or_refused(chunks, info):
     try:
         got = penalty("chunked")
     except RuntimeError as refused:
-        assert "once_differentiable" in str(refused) or "does not require grad" in str(refused)
+        assert any(
+            reason in str(refused)
+            for reason in ("once_differentiable", "does not require grad", "not have been used in the graph")
+        )
         return
     assert_equal(got, penalty("reference"))
 

@@ -22,9 +22,9 @@ class GateProjection(nn.Linear):
         super().__init__(dim, 3 * heads)
 
     def reset_parameters(self) -> None:
-        """The same gates for every token: theta half of ``max_lr`` (3/4 for ``"write"``), eta 1/2, alpha 0.1 %."""
+        """The same gates for every token: theta half of ``max_lr`` (3/4 for ``"write"``), eta 1/2, alpha 0.01 %."""
         write = 0.0 if self.gate == "sigmoid" else 1.5
-        start = torch.tensor([write, 0.0, math.log(0.001 / 0.999)])
+        start = torch.tensor([write, 0.0, math.log(1e-4 / (1 - 1e-4))])
         with torch.no_grad():
             self.weight.zero_()
             self.bias.copy_(start.repeat_interleave(self.heads))

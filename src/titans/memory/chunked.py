@@ -49,6 +49,7 @@ def chunked(
         if not info and piece.is_whole(C):
             out, weights, momentum = scan(q_, k_, v_, gates_, weights, momentum, norm, network, C)
             outs.append(out)
+            held = [None] * len(held)
             continue
         operands = [w.to(dtype) for w in weights]
         x, d, loss = network.trace(operands, norm, k_, v_)

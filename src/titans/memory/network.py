@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Linear = Callable[[int, Tensor], Tensor]
 
@@ -41,6 +42,7 @@ class _ActivationAndSlope(torch.autograd.Function):
         return value, slope
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_value: Tensor, grad_slope: Tensor):  # type: ignore[override]
         slope, curvature = ctx.saved_tensors
         return torch.addcmul(grad_value * slope, grad_slope, curvature), None

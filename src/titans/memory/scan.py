@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from titans.memory.gates import ChunkMasks, chunk_masks
 from titans.memory.network import ACTIVATIONS, MemoryMLP
@@ -78,11 +79,11 @@ def _forward(network: MemoryMLP, q, k, v, masks: ChunkMasks, affine, W: Tensors,
 
 def dual(h: Tensor, weighted: Tensor, w: Tensor, s: Tensor, d: Tensor, keep: Tensor, carry: Tensor) -> Tensor:
     """One linear map of the memory at every token, applied to h [G, C, d_in]: ``keep h W + carry h S - weighted d``."""
-    weighted, keep, carry = weighted.to(h.dtype), keep.to(h.dtype), carry.to(h.dtype)
+    weighted, dtype = weighted.to(h.dtype), h.dtype
     if w.shape[-2] < w.shape[-1]:  # scale the narrower side
-        state = torch.baddbmm(torch.bmm(h * keep, w), h * carry, s)
+        state = torch.baddbmm(torch.bmm((h * keep).to(dtype), w), (h * carry).to(dtype), s)
     else:
-        state = torch.addcmul(torch.bmm(h, w) * keep, torch.bmm(h, s), carry)
+        state = torch.addcmul(torch.bmm(h, w) * keep, torch.bmm(h, s), carry).to(dtype)
     return torch.baddbmm(state, weighted, d, alpha=-1)
 
 
@@ -119,6 +120,7 @@ class _Scan(torch.autograd.Function):
         return (out, *W, *S)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gout, *gend):  # type: ignore[override]
         network: MemoryMLP = ctx.network
         q, k, v, *rest = ctx.saved_tensors
@@ -176,8 +178,8 @@ def _backward_advance(t: _Chunk, W32, S32, masks: ChunkMasks, gW1, gS1, gm: Chun
         gm.momentum_keep[:, 0, 0] += (gs * s).sum((-2, -1))
         gw, gs = gw.to(dtype), gs.to(dtype)
         xw, xs = torch.bmm(x, gw), torch.bmm(x, gs)
-        gm.write[:, -1] -= (xw * d).sum(-1)
-        gm.momentum_write[..., 0] -= (xs * d).sum(-1)
+        gm.write[:, -1] -= (xw * d).sum(-1, dtype=gm.write.dtype)
+        gm.momentum_write[..., 0] -= (xs * d).sum(-1, dtype=gm.write.dtype)
         gd.append(torch.addcmul(xw * to_w, xs, to_s).neg_())
         gx.append(torch.addcmul(torch.bmm(d, gw.mT) * to_w, torch.bmm(d, gs.mT), to_s).neg_())
     return gx, gd
@@ -193,8 +195,8 @@ def _backward_read(t: _Chunk, W, S, masks32, masks: ChunkMasks, gz, gW1, gS1, gx
         after = torch.addcmul(masks32.carry[:, -1:] * gW1[i], masks32.momentum_keep, gS1[i])
         gS[i] = _add_product(after, (h * masks.carry).mT, gz)
         wz, sz = torch.bmm(gz, W[i].mT), torch.bmm(gz, S[i].mT)
-        gm.keep.add_((wz * h).sum(-1, keepdim=True))
-        gm.carry.add_((sz * h).sum(-1, keepdim=True))
+        gm.keep.add_((wz * h).sum(-1, keepdim=True, dtype=gm.keep.dtype))
+        gm.carry.add_((sz * h).sum(-1, keepdim=True, dtype=gm.carry.dtype))
         gp = torch.bmm(gz, d.mT).neg_()
         gd[i].baddbmm_((t.scores[i] * masks.write).mT, gz, alpha=-1)
         gm.write.add_(gp * t.scores[i])

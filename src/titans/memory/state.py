@@ -151,9 +151,10 @@ class MemoryState(State):
     conv: Tensor | None = None
 
     def __post_init__(self):
-        for name in ("momentum", "inputs", "signals"):
-            if len(getattr(self, name)) != len(self.weights):
-                raise ValueError(_missing("MemoryState", f"{name}.{len(self.weights) - 1}"))
+        depths = {name: len(getattr(self, name)) for name in ("weights", "momentum", "inputs", "signals")}
+        for name, depth in depths.items():
+            if depth < max(depths.values()):
+                raise ValueError(_missing("MemoryState", f"{name}.{depth}"))
 
     @classmethod
     def initial(cls, maps: Sequence[Tensor], batch: int, chunk_size: int) -> "MemoryState":

@@ -107,8 +107,10 @@ class TitansConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if self.num_persistent_tokens < 0:
-            raise ValueError(f"num_persistent_tokens must be 0 or more, got {self.num_persistent_tokens}")
+        if self.memory_head_dim is not None and self.memory_head_dim < 1:
+            raise ValueError(f"memory_head_dim must be a positive integer, got {self.memory_head_dim}")
+        if not isinstance(self.num_persistent_tokens, int) or self.num_persistent_tokens < 0:
+            raise ValueError(f"num_persistent_tokens must be an integer of 0 or more, got {self.num_persistent_tokens!r}")
         if not self.memory_max_lr > 0:
             raise ValueError(f"memory_max_lr must be positive, got {self.memory_max_lr}")
         if self.memory_head_dim is None and self.hidden_size % self.num_memory_heads:  # type: ignore[operator]
@@ -137,6 +139,8 @@ def _paper(variant: str, overrides: dict[str, Any], **sizes: int) -> TitansConfi
         "sliding_window": 512,
         "num_persistent_tokens": 16,
     }
+    if variant == "lmm":  # what the others spend on attention
+        sizes["intermediate_size"] += sizes["hidden_size"] * 4 // 3 // 32 * 32
     return TitansConfig(**{"variant": variant, **common, **sizes, **overrides})
 
 

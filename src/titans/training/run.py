@@ -21,7 +21,7 @@ from titans.training.config import TrainConfig
 from titans.training.provenance import provenance
 from titans.training.task import Task, TaskData
 
-_NO_DECAY = re.compile(r"(^|\.)(gates?|bias|\w*norm\w*|persistent\w*)(\.|$)")
+_NO_DECAY = re.compile(r"(^|\.)(gates_proj|bias|\w*norm\w*|persistent\w*|conv|memory\.weights)(\.|$)")
 
 
 def train(
