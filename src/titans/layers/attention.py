@@ -1,8 +1,8 @@
 """Attention of bounded reach: inside a segment, or in a sliding window; work a token does not grow with the sequence.
 
-Half of each head's dimensions carry rotary positions, the other half none. Positions count from the start of the segment
-or block, so that they stay small after millions of tokens. Persistent tokens have no position: their keys are zero in the
-rotary half, and every query sees them.
+Half of each head's dimensions carry rotary positions, the other half none. Positions count from the start of the
+segment or block, so that they stay small after millions of tokens. Persistent tokens have no position: their keys are
+zero in the rotary half, and every query sees them.
 """
 
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass
 class WindowState(State):
-    """Keys and values [B, window, heads, head_dim] of the last tokens, newest last; ``count`` [B]: how many are real."""
+    """Keys and values [B, window, heads, head_dim] of the last tokens, newest last; ``count`` [B] are real."""
 
     keys: Tensor
     values: Tensor

@@ -28,8 +28,8 @@ def chunked(
         info: also work out surprise and loss; without it, whole chunks take the fast path.
 
     Returns:
-        out [B, T, H, D], the state after the last token, and with ``info`` surprise (norm of the gradient) and loss, both
-        [B, T, H], else ().
+        out [B, T, H, D], the state after the last token, and with ``info`` surprise (norm of the gradient) and loss,
+        both [B, T, H], else ().
     """
     B, T, H, _ = q.shape
     C, L, dtype = state.chunk_size, network.depth, q.dtype

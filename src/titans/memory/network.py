@@ -8,7 +8,6 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 Linear = Callable[[int, Tensor], Tensor]
 
@@ -37,14 +36,14 @@ class _ActivationAndSlope(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z: Tensor, name: str):  # type: ignore[override]
-        value, slope, curvature = ACTIVATIONS[name][1](z)
-        ctx.save_for_backward(slope, curvature)
+        value, slope, _ = ACTIVATIONS[name][1](z)
+        ctx.save_for_backward(z)
+        ctx.name = name
         return value, slope
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_value: Tensor, grad_slope: Tensor):  # type: ignore[override]
-        slope, curvature = ctx.saved_tensors
+        _, slope, curvature = ACTIVATIONS[ctx.name][1](*ctx.saved_tensors)  # by plain operations: differentiable again
         return torch.addcmul(grad_value * slope, grad_slope, curvature), None
 
 
@@ -88,9 +87,9 @@ class MemoryMLP:
     def init(self, heads: int, dim: int) -> tuple[Tensor, ...]:
         """A start M_0 for ``heads`` memories: maps [heads, d_in, d_out], then gain and bias [heads, dim] with ``norm``.
 
-        The norm makes the network blind to the scale of its maps, so that their scale sets how fast they learn: with unit
-        variance, one token's step moves the output by a fraction of theta, whatever the widths. Without norm the maps have
-        variance 1 / hidden, for small outputs.
+        The norm makes the network blind to the scale of its maps, so that their scale sets how fast they learn: with
+        unit variance, one token's step moves the output by a fraction of theta, whatever the widths. Without norm the
+        maps have variance 1 / hidden, for small outputs.
         """
         scale = 1.0 if self.norm else max(1, round(dim * self.expansion)) ** -0.5
         maps = [torch.randn(heads, i, o) * scale for i, o in self.shapes(dim)]
@@ -132,8 +131,8 @@ class MemoryMLP:
             k, v: keys and values [..., T, D].
 
         Returns:
-            The inputs x^i [..., T, d_in] of every map, the loss's gradients d^i [..., T, d_out] at every map's output, so
-            that the gradient of token t at map i is the outer product of x^i_t and d^i_t, and the loss [..., T].
+            The inputs x^i [..., T, d_in] of every map, the loss's gradients d^i [..., T, d_out] at every map's output,
+            so that the gradient of token t at map i is the outer product of x^i_t and d^i_t, and the loss [..., T].
         """
         inputs, slopes = [k], []
         for w in maps[:-1]:
@@ -165,7 +164,7 @@ class MemoryMLP:
     def output_signal_backward(
         self, out: Tensor, affine: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor, gd: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """Gradients of out, k, v [G, T, D] and of affine, from the gradient ``gd`` of ``output_signal``'s first result."""
+        """Gradients of out, k, v [G, T, D] and affine from the gradient ``gd`` of ``output_signal``'s first result."""
         dtype, out, target, gd = k.dtype, _at_least_float32(out), _at_least_float32(v), _at_least_float32(gd)
         if self.residual:
             target = target - k

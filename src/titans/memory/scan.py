@@ -158,9 +158,9 @@ def _backward(network: MemoryMLP, t: _Chunk, W32, S32, k, v, masks: ChunkMasks, 
     ``gm`` (zeros) takes the gradients of the masks.
     """
     dtype = k.dtype
-    W, S, masks_ = _cast(W32, dtype), _cast(S32, dtype), ChunkMasks(*_cast(masks, dtype))
-    gx, gd = _backward_advance(t, W32, S32, masks_, gW1, gS1, gm)
-    gq, products, gS = _backward_read(t, W, S, masks, masks_, gz, gW1, gS1, gx, gd, gm)
+    W, S = _cast(W32, dtype), _cast(S32, dtype)
+    gx, gd = _backward_advance(t, W32, S32, masks, gW1, gS1, gm)
+    gq, products, gS = _backward_read(t, W, S, masks, gz, gW1, gS1, gx, gd, gm)
     gk, gv, gaffine = _backward_keys(network, t, W, k, v, affine, gx, gd, products)
     gW = []
     for g, (left, right) in zip(gW1, products, strict=True):
@@ -170,7 +170,7 @@ def _backward(network: MemoryMLP, t: _Chunk, W32, S32, k, v, masks: ChunkMasks, 
 
 def _backward_advance(t: _Chunk, W32, S32, masks: ChunkMasks, gW1, gS1, gm: ChunkMasks):
     """The state after the chunk: gradients of x and d."""
-    to_w, to_s, dtype = masks.write[:, -1, :, None], masks.momentum_write, masks.write.dtype
+    to_w, to_s, dtype = masks.write[:, -1, :, None], masks.momentum_write, t.x[0].dtype
     gx, gd = [], []
     for x, d, w, s, gw, gs in zip(t.x, t.d, W32, S32, gW1, gS1, strict=True):
         gm.keep[:, -1, 0] += (gw * w).sum((-2, -1))
@@ -178,30 +178,31 @@ def _backward_advance(t: _Chunk, W32, S32, masks: ChunkMasks, gW1, gS1, gm: Chun
         gm.momentum_keep[:, 0, 0] += (gs * s).sum((-2, -1))
         gw, gs = gw.to(dtype), gs.to(dtype)
         xw, xs = torch.bmm(x, gw), torch.bmm(x, gs)
-        gm.write[:, -1] -= (xw * d).sum(-1, dtype=gm.write.dtype)
-        gm.momentum_write[..., 0] -= (xs * d).sum(-1, dtype=gm.write.dtype)
-        gd.append(torch.addcmul(xw * to_w, xs, to_s).neg_())
-        gx.append(torch.addcmul(torch.bmm(d, gw.mT) * to_w, torch.bmm(d, gs.mT), to_s).neg_())
+        gm.write[:, -1] -= (xw.to(to_w.dtype) * d).sum(-1)
+        gm.momentum_write[..., 0] -= (xs.to(to_w.dtype) * d).sum(-1)
+        gd.append(torch.addcmul(xw * to_w, xs, to_s).neg_().to(dtype))
+        gx.append(torch.addcmul(torch.bmm(d, gw.mT) * to_w, torch.bmm(d, gs.mT), to_s).neg_().to(dtype))
     return gx, gd
 
 
-def _backward_read(t: _Chunk, W, S, masks32, masks: ChunkMasks, gz, gW1, gS1, gx, gd, gm: ChunkMasks):
+def _backward_read(t: _Chunk, W, S, masks: ChunkMasks, gz, gW1, gS1, gx, gd, gm: ChunkMasks):
     """The queries, last map first: gradient of q, of the momentum, and the factors of the weights' gradients."""
     products, gS, gh = [([], []) for _ in W], [torch.empty(0) for _ in S], gz
+    dtype, wide = gz.dtype, masks.write.dtype
     for i in reversed(range(len(W))):
         h, x, d = t.h[i], t.x[i], t.d[i]
-        products[i][0].append(h * masks.keep)
+        products[i][0].append((h * masks.keep).to(dtype))
         products[i][1].append(gz)
-        after = torch.addcmul(masks32.carry[:, -1:] * gW1[i], masks32.momentum_keep, gS1[i])
-        gS[i] = _add_product(after, (h * masks.carry).mT, gz)
+        after = torch.addcmul(masks.carry[:, -1:] * gW1[i], masks.momentum_keep, gS1[i])
+        gS[i] = _add_product(after, (h * masks.carry).to(dtype).mT, gz)
         wz, sz = torch.bmm(gz, W[i].mT), torch.bmm(gz, S[i].mT)
-        gm.keep.add_((wz * h).sum(-1, keepdim=True, dtype=gm.keep.dtype))
-        gm.carry.add_((sz * h).sum(-1, keepdim=True, dtype=gm.carry.dtype))
+        gm.keep.add_((wz.to(wide) * h).sum(-1, keepdim=True))
+        gm.carry.add_((sz.to(wide) * h).sum(-1, keepdim=True))
         gp = torch.bmm(gz, d.mT).neg_()
-        gd[i].baddbmm_((t.scores[i] * masks.write).mT, gz, alpha=-1)
-        gm.write.add_(gp * t.scores[i])
-        gp = gp * masks.write
-        gh = torch.addcmul(wz * masks.keep, sz, masks.carry).baddbmm_(gp, x)
+        gd[i].baddbmm_((t.scores[i] * masks.write).to(dtype).mT, gz, alpha=-1)
+        gm.write.add_(gp.to(wide) * t.scores[i])
+        gp = (gp * masks.write).to(dtype)
+        gh = torch.addcmul(wz * masks.keep, sz, masks.carry).to(dtype).baddbmm_(gp, x)
         gx[i].baddbmm_(gp.mT, h)
         if i:
             gz = gh * t.read_slopes[i - 1]

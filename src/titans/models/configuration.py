@@ -110,7 +110,9 @@ class TitansConfig(PreTrainedConfig):
         if self.memory_head_dim is not None and self.memory_head_dim < 1:
             raise ValueError(f"memory_head_dim must be a positive integer, got {self.memory_head_dim}")
         if not isinstance(self.num_persistent_tokens, int) or self.num_persistent_tokens < 0:
-            raise ValueError(f"num_persistent_tokens must be an integer of 0 or more, got {self.num_persistent_tokens!r}")
+            raise ValueError(
+                f"num_persistent_tokens must be 0 or more, got {self.num_persistent_tokens!r}; use an integer"
+            )
         if not self.memory_max_lr > 0:
             raise ValueError(f"memory_max_lr must be positive, got {self.memory_max_lr}")
         if self.memory_head_dim is None and self.hidden_size % self.num_memory_heads:  # type: ignore[operator]
@@ -120,7 +122,8 @@ class TitansConfig(PreTrainedConfig):
             )
         if self.variant != "lmm" and self.hidden_size % (4 * self.num_attention_heads):
             raise ValueError(
-                f"hidden_size={self.hidden_size} must be num_attention_heads={self.num_attention_heads} times a multiple of 4"
+                f"hidden_size={self.hidden_size} must be num_attention_heads={self.num_attention_heads} "
+                "times a multiple of 4"
             )
         _ = self.memory_network  # checks depth, expansion and activation
 
