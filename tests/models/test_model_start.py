@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from titans.models import TitansForCausalLM, titans_tiny
 
 
