@@ -66,6 +66,18 @@ def test_unequal_sizes_are_refused_with_the_counts(values):
         compare(Experiment.from_dict(values), TASK)
 
 
+def test_models_shared_by_two_processes(values):
+    values["tuning"] = None
+    values["models"]["sliding"].pop("seeds")
+    experiment = Experiment.from_dict(values)
+    first = compare(experiment, TASK, only=["sliding"], say=lambda text: None)
+    assert [len(entry["runs"]) for entry in first["models"].values()] == [0, 1]
+    second = compare(experiment, TASK, only=["llama"], say=lambda text: None)
+    assert [len(entry["runs"]) for entry in second["models"].values()] == [1, 1]
+    with pytest.raises(ValueError, match="'llama'"):
+        compare(experiment, TASK, only=["lama"])
+
+
 def test_every_rate_diverging_is_an_error_and_one_is_not(values, monkeypatch):
     def diverging(config, task, **kwargs):
         raise FloatingPointError("the loss is nan")

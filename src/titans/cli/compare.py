@@ -19,6 +19,9 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("experiment", type=str, help="YAML file; benchmarks/*.yaml are examples")
     parser.add_argument("--output", type=str | None, default=None, help="folder of the results, instead of the file's")
+    parser.add_argument(
+        "--models", type=list[str] | None, default=None, help="train these alone: share the work, as in --models [a,b]"
+    )
     options = parse(parser, arguments)
     values = load_yaml(options.experiment)
     if options.output:
@@ -29,4 +32,4 @@ def main(arguments: list[str]) -> None:
     from titans.training.compare import Experiment, compare
 
     experiment = Experiment.from_dict(values)
-    compare(experiment, get_task(experiment.task))
+    compare(experiment, get_task(experiment.task), options.models)

@@ -6,13 +6,14 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from titans.training.callbacks import write_atomically
 from titans.training.config import TrainConfig, parse_config, require
+from titans.training.models import nearest
 from titans.training.provenance import provenance
 from titans.training.run import train
 from titans.training.task import Task
@@ -78,11 +79,37 @@ class Experiment:
         config.output = str(Path(self.output) / "runs" / f"{name}-{kind}-{digest}")
         return config
 
+    def trials(self, task: Task, name: str) -> dict[float, TrainConfig]:
+        """The short runs that try each learning rate."""
+        if self.tuning is None:
+            return {}
+        # One validation, at the end: a trial is short.
+        short = {"tokens": self.tuning["tokens"], "seed": self.seeds_of(name)[0], "eval_every": 1}
+        rates = self.tuning["learning_rate"]
+        return {rate: self.config(task, name, f"tune{rate:g}", learning_rate=rate, **short) for rate in rates}
 
-def compare(experiment: Experiment, task: Task, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Runs what is not yet done, one run after the other; rewrites results after each.
+    def chosen(self, task: Task, name: str) -> dict[str, float]:
+        """The learning rate of the best trial, once all are done."""
+        results = {rate: _result(config) for rate, config in self.trials(task, name).items()}
+        losses = {rate: r["validation_loss"] for rate, r in results.items() if r and r["validation_loss"] is not None}
+        if results and not losses:
+            raise FloatingPointError(f"models.{name}: every learning rate of {self.tuning} diverged; add lower ones")
+        return {"learning_rate": min(losses, key=losses.__getitem__)} if losses else {}
+
+    def final(self, task: Task, name: str, seed: int) -> TrainConfig:
+        """The full run of one seed, at the chosen learning rate."""
+        return self.config(task, name, f"seed{seed}", seed=seed, **self.chosen(task, name))
+
+
+def compare(
+    experiment: Experiment, task: Task, only: Sequence[str] | None = None, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Runs what is not yet done, one run after the other; rewrites the results after each.
 
     In `experiment.output`: `results.json`, `table.md`, a picture, and the runs' folders below `runs/`.
+
+    Args:
+        only: train these models alone (another process may train the others); the results hold all that is done.
 
     Returns:
         What `results.json` holds.
@@ -90,28 +117,47 @@ def compare(experiment: Experiment, task: Task, say: Callable[[str], None] = pri
     Raises:
         ValueError: parameter counts that differ too much, or a bad key.
     """
+    for name in only or ():
+        if name not in experiment.models:
+            raise ValueError(f"models={name!r} is not in the experiment; use {nearest(name, experiment.models)}")
     parameters = _equal_parameters(experiment, task)
-    results: dict[str, Any] = {
-        "provenance": provenance(),
-        "command": " ".join(["titans", *sys.argv[1:]]),
-        "experiment": experiment.__dict__,
-        "models": {name: {"parameters": parameters[name], "tuning": [], "runs": []} for name in experiment.models},
-    }
     rounds = max(len(experiment.seeds_of(name)) for name in experiment.models)
     for index in range(rounds):
-        for name in experiment.models:
-            seeds = experiment.seeds_of(name)
-            if index >= len(seeds):
+        for name in only or experiment.models:
+            if index >= len(experiment.seeds_of(name)):
                 continue
-            entry = results["models"][name]
-            if index == 0:
-                _tune(experiment, task, name, entry, say)
-            config = experiment.config(task, name, f"seed{seeds[index]}", seed=seeds[index], **entry["chosen"])
-            run = _run(config, task, say, evaluate=True)
-            entry["runs"].append({"seed": seeds[index], "folder": config.output, **run})
+            for config in experiment.trials(task, name).values():
+                _run(config, task, say, evaluate=False)
+            _run(experiment.final(task, name, experiment.seeds_of(name)[index]), task, say, evaluate=True)
+            results = _collect(experiment, task, parameters)
             _write(experiment, task, results)
             say(table(results, task))
     return results
+
+
+def _collect(experiment: Experiment, task: Task, parameters: dict[str, int]) -> dict[str, Any]:
+    """All that is done, from the runs' folders."""
+    models = {}
+    for name in experiment.models:
+        trials = [(rate, _result(config)) for rate, config in experiment.trials(task, name).items()]
+        entry: dict[str, Any] = {"parameters": parameters[name], "tuning": [], "chosen": {}, "runs": []}
+        models[name] = entry
+        entry["tuning"] = [
+            {"learning_rate": r, "validation_loss": done["validation_loss"]} for r, done in trials if done
+        ]
+        if len(entry["tuning"]) < len(trials):
+            continue
+        entry["chosen"] = experiment.chosen(task, name)
+        for seed in experiment.seeds_of(name):
+            config = experiment.final(task, name, seed)
+            if (result := _result(config)) is not None:
+                entry["runs"].append({"seed": seed, "folder": config.output, **result})
+    return {
+        "provenance": provenance(),
+        "command": " ".join(["titans", *sys.argv[1:]]),
+        "experiment": experiment.__dict__,
+        "models": models,
+    }
 
 
 def _equal_parameters(experiment: Experiment, task: Task) -> dict[str, int]:
@@ -130,40 +176,29 @@ def _equal_parameters(experiment: Experiment, task: Task) -> dict[str, int]:
     return counts
 
 
-def _tune(experiment: Experiment, task: Task, name: str, entry: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Fills `entry["tuning"]` (each rate's validation loss) and `entry["chosen"]`."""
-    entry["chosen"] = {}
-    if experiment.tuning is None:
+def _result(config: TrainConfig) -> dict[str, Any] | None:
+    """What a run has left; None if it is not done."""
+    assert config.output is not None
+    done = Path(config.output) / "result.json"
+    return json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
+
+
+def _run(config: TrainConfig, task: Task, say: Callable[[str], None], evaluate: bool) -> None:
+    """Does nothing if the run is done, resumes it if it was interrupted, else trains."""
+    if _result(config) is not None:
         return
-    # One validation, at the end: a trial is short.
-    short = {"tokens": experiment.tuning["tokens"], "seed": experiment.seeds_of(name)[0], "eval_every": 1}
-    for rate in experiment.tuning["learning_rate"]:
-        config = experiment.config(task, name, f"tune{rate:g}", learning_rate=rate, **short)
-        run = _run(config, task, say, evaluate=False)
-        entry["tuning"].append({"learning_rate": rate, "validation_loss": run["validation_loss"]})
-    finite = [trial for trial in entry["tuning"] if trial["validation_loss"] is not None]
-    if not finite:
-        raise FloatingPointError(f"models.{name}: every learning rate of {experiment.tuning} diverged; add lower ones")
-    entry["chosen"] = {"learning_rate": min(finite, key=lambda t: t["validation_loss"])["learning_rate"]}
-
-
-def _run(config: TrainConfig, task: Task, say: Callable[[str], None], evaluate: bool) -> dict[str, Any]:
-    """The result of a run: read if it is done, resumed if it was interrupted, else trained."""
     assert config.output is not None
     folder = Path(config.output)
-    done = folder / "result.json"
-    if done.exists():
-        return json.loads(done.read_text(encoding="utf-8"))
-    say(f"{folder.name}: {'resuming' if (folder / 'config.yaml').exists() else 'training'}")
+    started = (folder / "config.yaml").exists()
+    say(f"{folder.name}: {'resuming' if started else 'training'}")
     try:
-        result = train(config, task, resume=(folder / "config.yaml").exists(), evaluate=evaluate)
+        train(config, task, resume=started, evaluate=evaluate)
     except FloatingPointError as error:
         if evaluate:
             raise
-        result = {"validation_loss": None, "diverged": str(error)}  # a tuning run may: another rate is kept
-        write_atomically(done, json.dumps(result, indent=1))
+        diverged = {"validation_loss": None, "diverged": str(error)}  # a trial may: another rate is kept
+        write_atomically(folder / "result.json", json.dumps(diverged, indent=1))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a finished run needs them no more
-    return result
 
 
 def _write(experiment: Experiment, task: Task, results: dict[str, Any]) -> None:
