@@ -64,8 +64,8 @@ def test_masks_against_the_recurrence():
     for s in range(C):
         memory, momentum = respond(torch.tensor(0.0).double(), torch.tensor(0.0).double(), s)
         assert_equal(masks.write[:, s], memory)
-        assert_equal(masks.momentum_write[s, 0], momentum)
-    assert_equal(masks.keep[:, 0], respond(torch.tensor(1.0).double(), torch.tensor(0.0).double(), -1)[0])
+        assert_equal(masks.to_state[s, 1], momentum)
+    assert_equal(masks.read[:, 0], respond(torch.tensor(1.0).double(), torch.tensor(0.0).double(), -1)[0])
     carried = respond(torch.tensor(0.0).double(), torch.tensor(1.0).double(), -1)
-    assert_equal(masks.carry[:, 0], carried[0])
-    assert_equal(masks.momentum_keep[0, 0], carried[1])
+    assert_equal(masks.read[:, 1], carried[0])
+    assert_equal(masks.end[2], carried[1])

@@ -22,9 +22,9 @@ def calls(monkeypatch):
     """Number of chunks of every run that took the fast path."""
     seen, forward = [], scan._Scan.forward
 
-    def spy(ctx, network, q, *rest):
-        seen.append(len(q))
-        return forward(ctx, network, q, *rest)
+    def spy(ctx, network, wide_q, *rest):
+        seen.append(len(wide_q))
+        return forward(ctx, network, wide_q, *rest)
 
     monkeypatch.setattr(scan._Scan, "forward", staticmethod(spy))
     return seen

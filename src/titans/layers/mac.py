@@ -62,7 +62,8 @@ class MAC(Block):
         cut = Cut(state.position, lengths, x.shape[1], self.segment_length)
         for piece, s in zip(cut.pieces, cut.split(x), strict=True):
             h = self.memory.read(s, maps)  # eq. 21
-            y, held = self.attention(s, h, held, piece, self.persistent)  # eqs. 22, 23
+            found, held = self.attention(s, h, held, piece, self.persistent)
+            y = s + found  # eqs. 22, 23, with the residual: the memory is written with the token, not with a mean alone
             m, memory = self.memory(y, memory, prefix_mask(y, piece.valid))  # eq. 24
             outs.append(self.gate(y, m))  # eq. 25
             if piece.closes is not False:

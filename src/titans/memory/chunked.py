@@ -8,7 +8,7 @@ from torch import Tensor
 from titans.memory.gates import ChunkMasks, chunk_masks
 from titans.memory.network import MemoryMLP, safe_sqrt
 from titans.memory.pieces import Cut, Piece
-from titans.memory.scan import advance, dual, scan
+from titans.memory.scan import advance, read, scan, widen
 from titans.memory.state import MemoryState
 
 Tensors = Sequence[Tensor]
@@ -39,7 +39,7 @@ def chunked(
         state.position.repeat_interleave(H), None if lengths is None else lengths.repeat_interleave(H), T, C, not info
     )
     split = [cut.split(x.transpose(1, 2).flatten(0, 1)) for x in (q, k, v, gates)]
-    weights, momentum = [w.flatten(0, 1) for w in state.weights], [s.flatten(0, 1) for s in state.momentum]
+    maps = [torch.stack(pair, 2).flatten(0, 1) for pair in zip(state.weights, state.momentum, strict=True)]
     start = [h.flatten(0, 1) for h in (*state.inputs, *state.signals, state.gates)]
     held: list[Tensor | None] = list(start)  # the open chunk; None stands for zeros
     norm = (affine[0].repeat(B, 1).unsqueeze(1), affine[1].repeat(B, 1).unsqueeze(1)) if affine else None
@@ -47,27 +47,26 @@ def chunked(
     outs, surprises, losses = [], [], []
     for piece, q_, k_, v_, gates_ in zip(cut.pieces, *split, strict=True):
         if not info and piece.is_whole(C):
-            out, weights, momentum = scan(q_, k_, v_, gates_, weights, momentum, norm, network, C)
+            out, maps = scan(q_, k_, v_, gates_, maps, norm, network, C)
             outs.append(out)
             held = [None] * len(held)
             continue
-        operands = [w.to(dtype) for w in weights]
-        x, d, loss = network.trace(operands, norm, k_, v_)
+        operands = [m.to(dtype) for m in maps]
+        x, d, loss = network.trace([m[:, 0] for m in operands], norm, k_, v_)
         if info:
             surprises.append(_surprise(x, d, loss.dtype))
             losses.append(loss)
         filled = [piece.place(new, old, C) for new, old in zip((*x, *d, gates_), held, strict=True)]
         x, d, masks = filled[:L], filled[L:-1], chunk_masks(filled[-1])
-        read = _reader(operands, [s.to(dtype) for s in momentum], x, d, masks, piece)
-        outs.append(network.forward(q_, read, norm))
+        outs.append(network.forward(q_, _reader(operands, x, d, masks, piece), norm))
         if piece.closes is not False:
-            closed = advance(weights, momentum, x, d, masks)
-            weights = [piece.where_closed(new, old) for new, old in zip(closed[0], weights, strict=True)]
-            momentum = [piece.where_closed(new, old) for new, old in zip(closed[1], momentum, strict=True)]
+            closed = _advance(maps, x, d, masks)
+            maps = [piece.where_closed(new, old) for new, old in zip(closed, maps, strict=True)]
         held = [None if piece.closes is True else piece.where_closed(torch.zeros_like(f), f) for f in filled]
 
     ends = [torch.zeros_like(s) if h is None else h.to(s.dtype) for h, s in zip(held, start, strict=True)]
-    w, s, ends = (tuple(t.unflatten(0, (B, H)) for t in ts) for ts in (weights, momentum, ends))
+    w, s = zip(*(m.unflatten(0, (B, H)).unbind(2) for m in maps), strict=True)
+    ends = tuple(t.unflatten(0, (B, H)) for t in ends)
     end = MemoryState(w, s, ends[:L], ends[L:-1], ends[-1], state.position + (T if lengths is None else lengths))
 
     def whole(pieces: list[Tensor], like: Tensor) -> Tensor:
@@ -85,21 +84,27 @@ def current_maps(state: MemoryState) -> list[Tensor]:
     lr, log_momentum, log_retention = state.gates.unbind(-1)
     # momentum moves the memory at every step: it has to end with the last token, or empty slots would add it again
     gates = torch.stack([lr, log_momentum.masked_fill(empty, -torch.inf), log_retention], -1)
-    w, s, x, d = ([t.flatten(0, 1) for t in ts] for ts in (state.weights, state.momentum, state.inputs, state.signals))
+    maps = [torch.stack(pair, 2).flatten(0, 1) for pair in zip(state.weights, state.momentum, strict=True)]
+    x, d = ([t.flatten(0, 1) for t in ts] for ts in (state.inputs, state.signals))
     with torch.autocast(state.gates.device.type, enabled=False):
-        maps, _ = advance(w, s, x, d, chunk_masks(gates.flatten(0, 1)))
-    return [m.unflatten(0, state.gates.shape[:2]) for m in maps]
+        maps = _advance(maps, x, d, chunk_masks(gates.flatten(0, 1)))
+    return [m[:, 0].unflatten(0, state.gates.shape[:2]) for m in maps]
 
 
-def _reader(weights: Tensors, momentum: Tensors, x: Tensors, d: Tensors, masks: ChunkMasks, piece: Piece):
+def _reader(maps: Tensors, x: Tensors, d: Tensors, masks: ChunkMasks, piece: Piece):
     """The linear maps of the memory at every token of the piece, applied without being formed."""
-    write, keep, carry = (piece.rows(m) for m in (masks.write, masks.keep, masks.carry))
+    write, mix = piece.rows(masks.write), piece.rows(masks.read)
 
     def linear(i: int, h: Tensor) -> Tensor:
-        x_i, d_i = x[i].to(h.dtype), d[i].to(h.dtype)
-        return dual(h, torch.bmm(h, x_i.mT) * write, weights[i], momentum[i], d_i, keep, carry)
+        scores = (torch.bmm(h, x[i].to(h.dtype).mT) * write).to(h.dtype)
+        return read(maps[i], widen(h, mix), scores, d[i].to(h.dtype))
 
     return linear
+
+
+def _advance(maps: Tensors, x: Tensors, d: Tensors, masks: ChunkMasks) -> list[Tensor]:
+    """The maps after all tokens of a chunk."""
+    return [advance(m, widen(x_i, masks.to_state), d_i, masks.end) for m, x_i, d_i in zip(maps, x, d, strict=True)]
 
 
 def _surprise(x: Tensors, d: Tensors, dtype: torch.dtype) -> Tensor:

@@ -21,15 +21,15 @@ class ChunkMasks(NamedTuple):
     """What a chunk's gates say of its tokens; C is the chunk's length, symbols as in README.md.
 
     ``write`` A [..., C, C]: weight of the gradient of token s in the memory at token t.
-    ``keep`` beta [..., C, 1], ``carry`` f [..., C, 1]: weights of the chunk's first memory and momentum at token t.
-    ``momentum_write`` [..., C, 1], ``momentum_keep`` [..., 1, 1]: the same for the momentum at the chunk's end.
+    ``read`` (beta, f) [..., C, 2]: weights of the chunk's first memory and momentum in the memory at token t.
+    ``to_state`` [..., C, 2]: weight of the gradient of token s in memory and momentum at the chunk's end.
+    ``end`` (beta_C, f_C, m_C) [..., 3]: what the end keeps of the memory, takes of the momentum, keeps of the momentum.
     """
 
     write: Tensor
-    keep: Tensor
-    carry: Tensor
-    momentum_write: Tensor
-    momentum_keep: Tensor
+    read: Tensor
+    to_state: Tensor
+    end: Tensor
 
 
 def chunk_masks(gates: Tensor) -> ChunkMasks:
@@ -39,10 +39,10 @@ def chunk_masks(gates: Tensor) -> ChunkMasks:
     keep = log_retention.cumsum(-1).exp().unsqueeze(-1)
     kept_momentum = log_momentum.cumsum(-1).exp().unsqueeze(-1)
     both = retention @ torch.cat([momentum, kept_momentum], -1)
+    write, read = both[..., :-1] * lr.unsqueeze(-2), torch.cat([keep, both[..., -1:]], -1)
     return ChunkMasks(
-        write=both[..., :-1] * lr.unsqueeze(-2),
-        keep=keep,
-        carry=both[..., -1:],
-        momentum_write=(momentum[..., -1, :] * lr).unsqueeze(-1),
-        momentum_keep=kept_momentum[..., -1:, :],
+        write=write,
+        read=read,
+        to_state=torch.stack([write[..., -1, :], momentum[..., -1, :] * lr], -1),
+        end=torch.cat([read[..., -1, :], kept_momentum[..., -1, :]], -1),
     )

@@ -12,39 +12,26 @@ from torch import Tensor
 Linear = Callable[[int, Tensor], Tensor]
 
 
-def _gelu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
-    pdf = torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
-    return z * cdf, torch.addcmul(cdf, z, pdf), pdf * (2 - z * z)
+def _gelu_curvature(z: Tensor) -> Tensor:
+    return torch.exp(-0.5 * z * z) * (2 - z * z) * (1 / math.sqrt(2 * math.pi))
 
 
-def _silu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _silu_backward(g: Tensor, z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)  # aten's own cannot be differentiated again
+    return g * s * (1 + z * (1 - s))
+
+
+def _silu_curvature(z: Tensor) -> Tensor:
     s = torch.sigmoid(z)
-    return z * s, s * (1 + z * (1 - s)), s * (1 - s) * (2 + z * (1 - 2 * s))
+    return s * (1 - s) * (2 + z * (1 - 2 * s))
 
 
-def _relu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return F.relu(z), (z > 0).to(z.dtype), torch.zeros_like(z)
-
-
-# name -> (value; value with its first and second derivative)
-ACTIVATIONS = {"gelu": (F.gelu, _gelu), "silu": (F.silu, _silu), "relu": (F.relu, _relu)}
-
-
-class _ActivationAndSlope(torch.autograd.Function):
-    """Value and first derivative of an activation, with the second derivative as the backward of the slope."""
-
-    @staticmethod
-    def forward(ctx, z: Tensor, name: str):  # type: ignore[override]
-        value, slope, _ = ACTIVATIONS[name][1](z)
-        ctx.save_for_backward(z)
-        ctx.name = name
-        return value, slope
-
-    @staticmethod
-    def backward(ctx, grad_value: Tensor, grad_slope: Tensor):  # type: ignore[override]
-        _, slope, curvature = ACTIVATIONS[ctx.name][1](*ctx.saved_tensors)  # by plain operations: differentiable again
-        return torch.addcmul(grad_value * slope, grad_slope, curvature), None
+# name -> (f(z), g f'(z) from g and z, f''(z))
+ACTIVATIONS = {
+    "gelu": (F.gelu, torch.ops.aten.gelu_backward, _gelu_curvature),
+    "silu": (F.silu, _silu_backward, _silu_curvature),
+    "relu": (F.relu, lambda g, z: torch.ops.aten.threshold_backward(g, z, 0), torch.zeros_like),
+}
 
 
 @dataclass(frozen=True)
@@ -101,9 +88,14 @@ class MemoryMLP:
         maps, affine = tuple(weights[: self.depth]), tuple(weights[self.depth :])
         return maps, (affine if affine else None)  # type: ignore[return-value]
 
+    @property
+    def functions(self) -> tuple[Callable, Callable, Callable]:
+        """The activation f(z), its backward (g, z) -> g f'(z), and f''(z)."""
+        return ACTIVATIONS[self.activation]
+
     def forward(self, x: Tensor, linear: Linear, affine: tuple[Tensor, Tensor] | None) -> Tensor:
         """M(x) for x [..., D], where ``linear(i, h)`` applies the i-th linear map however the caller holds it."""
-        activation, h = ACTIVATIONS[self.activation][0], x
+        activation, h = self.functions[0], x
         for layer in range(self.depth - 1):
             h = activation(linear(layer, h))
         out = linear(self.depth - 1, h)
@@ -134,65 +126,64 @@ class MemoryMLP:
             The inputs x^i [..., T, d_in] of every map, the loss's gradients d^i [..., T, d_out] at every map's output,
             so that the gradient of token t at map i is the outer product of x^i_t and d^i_t, and the loss [..., T].
         """
-        inputs, slopes = [k], []
+        value, slope, _ = self.functions
+        inputs, outputs = [k], []
         for w in maps[:-1]:
-            x, slope = _ActivationAndSlope.apply(inputs[-1] @ w, self.activation)  # type: ignore[misc]
-            inputs.append(x)
-            slopes.append(slope)
-        signal, loss = self.output_signal(inputs[-1] @ maps[-1], affine, k, v)
+            outputs.append(inputs[-1] @ w)
+            inputs.append(value(outputs[-1]))
+        offset, gain = self.offset(k, v, affine), affine and affine[0]
+        out = inputs[-1] @ maps[-1]
+        signal, norm = self.output_signal(out, gain, offset)
         signals = [signal]
-        for w, slope in zip(reversed(maps[1:]), reversed(slopes), strict=True):
-            signals.append((signals[-1] @ w.mT) * slope)
-        return inputs, signals[::-1], loss
+        for w, z in zip(reversed(maps[1:]), reversed(outputs), strict=True):
+            signals.append(slope(signals[-1] @ w.mT, z))
+        return inputs, signals[::-1], self._error(out, gain, offset, norm).square().sum(-1)
 
-    def output_signal(self, out: Tensor, affine, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient of the loss at the last map's output, and the loss, through residual and LayerNorm."""
-        dtype, out, target = k.dtype, _at_least_float32(out), _at_least_float32(v)
-        if self.residual:
-            target = target - k
-        if not self.norm:
-            error = out - target
-            return (2 * error).to(dtype), error.square().sum(-1)
-        centred = out - out.mean(-1, keepdim=True)
-        rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.norm_eps)
-        unit = centred * rstd
-        error = self._affine(unit, affine) - target
-        grad = 2 * error * affine[0] if affine else 2 * error
-        grad = grad - grad.mean(-1, keepdim=True) - unit * (grad * unit).mean(-1, keepdim=True)
-        return (rstd * grad).to(dtype), error.square().sum(-1)
+    def offset(self, k: Tensor, v: Tensor, affine: tuple[Tensor, Tensor] | None) -> Tensor:
+        """What the error ``M(k) - v`` holds besides the (normalised, scaled) output of the last map."""
+        offset = _at_least_float32(k) - _at_least_float32(v) if self.residual else -_at_least_float32(v)
+        return offset if affine is None else offset + affine[1]
+
+    def _error(self, out: Tensor, gain: Tensor | None, offset: Tensor, norm: tuple[Tensor, ...]) -> Tensor:
+        unit = norm[0] if self.norm else _at_least_float32(out)
+        return offset + unit if gain is None else torch.addcmul(offset, unit, gain)
+
+    def output_signal(self, out: Tensor, gain: Tensor | None, offset: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Gradient of the loss at the last map's output ``out`` [..., D], and what the norm made of it."""
+        wide = _at_least_float32(out)
+        norm = torch.native_layer_norm(wide, wide.shape[-1:], None, None, self.norm_eps) if self.norm else ()
+        grad = 2 * self._error(out, gain, offset, norm)
+        if self.norm:
+            grad = self._norm_backward(grad if gain is None else grad * gain, wide, norm)
+        return grad.to(out.dtype), norm
 
     def output_signal_backward(
-        self, out: Tensor, affine: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor, gd: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """Gradients of out, k, v [G, T, D] and affine from the gradient ``gd`` of ``output_signal``'s first result."""
-        dtype, out, target, gd = k.dtype, _at_least_float32(out), _at_least_float32(v), _at_least_float32(gd)
-        if self.residual:
-            target = target - k
-        gaffine: list[Tensor] = []
+        self, out: Tensor, gain: Tensor | None, offset: Tensor, norm: tuple[Tensor, ...], signal: Tensor,
+        gsignal: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """Gradients of out, offset [G, T, D] and gain [G, 1, D] from that of ``output_signal``'s first result."""
+        wide, signal, gsignal = (_at_least_float32(t) for t in (out, signal, gsignal))
         if not self.norm:
-            gout = 2 * gd
-            gtarget = -gout
-        else:
-            centred = out - out.mean(-1, keepdim=True)
-            rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.norm_eps)
-            unit = centred * rstd
-            error = self._affine(unit, affine) - target
-            gain = affine[0] if affine else 1.0
-            grad = 2 * error * gain
-            share, gshare = (grad * unit).mean(-1, keepdim=True), (gd * unit).mean(-1, keepdim=True)
-            ggrad = rstd * (gd - gd.mean(-1, keepdim=True) - unit * gshare)
-            gerror = 2 * gain * ggrad
-            gunit = gain * gerror - rstd * (share * gd + gshare * grad)
-            along = (gd * (grad - unit * share)).mean(-1, keepdim=True) - gd.mean(-1, keepdim=True) * grad.mean(
-                -1, keepdim=True
-            )
-            gout = rstd * (gunit - unit * (rstd * along + (gunit * unit).mean(-1, keepdim=True)))
-            gout = gout - gout.mean(-1, keepdim=True)
-            gtarget = -gerror
-            if affine:
-                gaffine = [(gerror * unit + 2 * error * ggrad).sum(1, keepdim=True), gerror.sum(1, keepdim=True)]
-        gtarget = gtarget.to(dtype)
-        return gout.to(dtype), -gtarget if self.residual else torch.zeros_like(k), gtarget, gaffine
+            gout = 2 * gsignal
+            return gout.to(out.dtype), gout, None
+        unit, _, rstd = norm
+        error, scale = self._error(out, gain, offset, norm), 2.0 if gain is None else 2 * gain
+        grad, ggrad = scale * error, self._norm_backward(gsignal, wide, norm)  # the norm's Jacobian is symmetric
+        gerror = scale * ggrad
+        share, gshare = (grad * unit).mean(-1, keepdim=True), (gsignal * unit).mean(-1, keepdim=True)
+        gunit = gerror if gain is None else gain * gerror
+        gunit = gunit - rstd * torch.addcmul(share * gsignal, gshare, grad)
+        gout = self._norm_backward(gunit, wide, norm)
+        gout = gout.addcmul_(unit, rstd * (gsignal * signal).mean(-1, keepdim=True), value=-1)
+        ggain = None if gain is None else torch.addcmul(gerror * unit, error, ggrad, value=2).sum(1, keepdim=True)
+        return gout.to(out.dtype), gerror, ggain
+
+    @staticmethod
+    def _norm_backward(grad: Tensor, out: Tensor, norm: tuple[Tensor, ...]) -> Tensor:
+        mean, rstd = norm[1:]
+        return torch.ops.aten.native_layer_norm_backward(
+            grad, out, out.shape[-1:], mean, rstd, None, None, [True, False, False]
+        )[0]
 
     @staticmethod
     def _affine(x: Tensor, affine: tuple[Tensor, Tensor] | None) -> Tensor:
