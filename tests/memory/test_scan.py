@@ -92,23 +92,25 @@ def test_gradient_of_one_input_alone(wanted):
     assert_equal(grad(bare, carried, leaf.requires_grad_()), expected)
 
 
-def test_two_backward_passes_agree():
+@pytest.mark.parametrize("chunks", [2, GROUP + 1])
+def test_two_backward_passes_agree(chunks):
     """The first pass leaves what the second needs as it was."""
-    case = make(T=(GROUP + 1) * C, C=C).leaves()
+    case = make(T=chunks * C, C=C).leaves()
     loss = case.run(info=False)[0].square().sum()
     leaves = [*case.inputs, *case.weights]
     first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("info", [False, True])
 @pytest.mark.parametrize("chunks", [1, GROUP + 1])
-def test_second_order_gradients_are_right_or_refused(chunks):
+def test_second_order_gradients_are_right_or_refused(chunks, info):
     """A gradient of a gradient, were it wrong, would be wrong in silence."""
     case = make(B=1, T=chunks * C, H=1, C=C)
 
     def penalty(backend):
         leaf = case.leaves()
-        out = leaf.run(backend, info=False)[0]
+        out = leaf.run(backend, info=info)[0]
         (inner,) = torch.autograd.grad(out.square().sum(), leaf.k, create_graph=True)
         return torch.autograd.grad(inner.square().sum(), leaf.v)[0]
 

@@ -27,7 +27,7 @@ def rotate(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
 
 
 class _Attention(nn.Module):
-    """Projections into heads, and keys and values of the persistent tokens."""
+    """Projections into heads and back, and keys and values of the persistent tokens."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -35,6 +35,7 @@ class _Attention(nn.Module):
             raise ValueError(f"dim={dim} must be heads={heads} times a multiple of 4, for rotary halves")
         self.heads, self.head_dim = heads, dim // heads
         self.qkv_proj = nn.Linear(dim, 3 * dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [B, T, dim] -> q, k, v [B, T, heads, head_dim]."""
@@ -51,11 +52,11 @@ class _Attention(nn.Module):
         half = self.head_dim // 2
         return torch.cat([torch.zeros_like(k[..., :half]), k[..., half:]], -1), v
 
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """q [B, n, heads, d], k, v [B, m, heads, d], mask [B or 1, n, m] -> [B, n, heads * d]."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1)).transpose(1, 2).flatten(-2)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """q [B, n, heads, d], k, v [B, m, heads, d], mask [B or 1, n, m] -> [B, n, dim]."""
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1))
+        return self.out_proj(y.transpose(1, 2).flatten(-2))
 
 
 @dataclass
@@ -68,7 +69,7 @@ class WindowState(State):
 
 
 class SlidingWindowAttention(_Attention):
-    """Every token sees itself, the ``window - 1`` tokens before it and the persistent tokens; no output projection."""
+    """Every token sees itself, the ``window - 1`` tokens before it and the persistent tokens."""
 
     def __init__(self, dim: int, heads: int, window: int):
         super().__init__(dim, heads)
@@ -105,7 +106,7 @@ class SlidingWindowAttention(_Attention):
         if persistent is not None:
             pk, pv = self.persistent(persistent, len(k_))
             k_, v_, mask = torch.cat([pk, k_], 1), torch.cat([pv, v_], 1), F.pad(mask, (len(persistent), 0), value=True)
-        y = _attend(q_, k_, v_, mask).unflatten(0, (B, blocks)).flatten(1, 2)[:, :T]
+        y = self.attend(q_, k_, v_, mask).unflatten(0, (B, blocks)).flatten(1, 2)[:, :T]
         return y, self._next(state, keys, values, T, lengths)
 
     def _mask(self, count: Tensor, blocks: int, size: int) -> Tensor:
@@ -125,7 +126,7 @@ class SlidingWindowAttention(_Attention):
 
 
 class SegmentAttention(_Attention):
-    """Attention inside one segment over [persistent | memory tokens | tokens], causal in both; no output projection."""
+    """Attention inside one segment over [persistent | memory tokens | tokens], causal in both."""
 
     def __init__(self, dim: int, heads: int, segment_length: int):
         super().__init__(dim, heads)
@@ -157,4 +158,4 @@ class SegmentAttention(_Attention):
         if persistent is not None:
             pk, pv = self.persistent(persistent, len(x))
             keys, values, mask = [pk, *keys], [pv, *values], F.pad(mask, (len(persistent), 0), value=True)
-        return _attend(rotate(q, positions), torch.cat(keys, 1), torch.cat(values, 1), mask), held
+        return self.attend(rotate(q, positions), torch.cat(keys, 1), torch.cat(values, 1), mask), held

@@ -10,7 +10,7 @@ from titans.layers.neural_memory import NeuralMemory
 
 
 class MAL(Block):
-    """``y = M([P | x])``, ``o = SW-Attn(y)``.
+    """``y = M([P | x])``, ``o = SW-Attn(y)``, each a residual layer: attention sees ``x + y``.
 
     Args:
         memory: the neural memory, whose ``dim`` is the block's.
@@ -28,12 +28,11 @@ class MAL(Block):
         self.persistent = persistent_tokens(num_persistent_tokens, memory.dim)
         self.memory_norm = nn.RMSNorm(memory.dim, eps=1e-6)
         self.attention = SlidingWindowAttention(memory.dim, num_attention_heads, sliding_window)
-        self.out_proj = nn.Linear(memory.dim, memory.dim, bias=False)
 
     def initial_state(self, batch: int) -> MAGState:
         return MAGState(self.memory.after(self.persistent, batch), self.attention.initial_state(batch))
 
     def mix(self, x: Tensor, state: MAGState, lengths: Tensor | None) -> tuple[Tensor, MAGState]:
         y, memory = self.memory(x, state.memory, prefix_mask(x, lengths))  # eq. 30
-        o, window = self.attention(self.memory_norm(y), state.attention, lengths)  # eq. 31
-        return self.out_proj(o), MAGState(memory, window)
+        o, window = self.attention(self.memory_norm(x + y), state.attention, lengths)  # eq. 31
+        return y + o, MAGState(memory, window)
