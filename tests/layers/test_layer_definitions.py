@@ -37,7 +37,7 @@ def attend(attention, x: Tensor, rows: Tensor, persistent: Tensor | None, memory
             seen = [torch.ones(len(x), len(persistent), dtype=torch.bool), *seen]
         scores = turned(x @ wq[at].T) @ torch.cat(keys).T / d**0.5
         outs.append(scores.masked_fill(~torch.cat(seen, 1), -torch.inf).softmax(-1) @ torch.cat(values))
-    return torch.cat(outs, -1)
+    return torch.cat(outs, -1) @ attention.out_proj.weight.T
 
 
 def window(reach: int) -> Tensor:
@@ -51,7 +51,7 @@ def mac(block, x: Tensor, reach: int) -> Tensor:
         s = x[start : start + reach]
         h = block.memory.read(s.unsqueeze(0), tuple(current_maps(state)))[0]  # eq. 21
         causal = torch.ones(len(s), len(s), dtype=torch.bool).tril()
-        y = attend(block.attention, s, causal, block.persistent, h)  # eqs. 22, 23
+        y = s + attend(block.attention, s, causal, block.persistent, h)  # eqs. 22, 23
         for t in range(len(s)):  # eq. 24, and the per-token read of eq. 25
             m, state = block.memory(y[t].view(1, 1, DIM), state)
             outs.append(block.gate(y[t], m[0, 0]))
@@ -59,13 +59,13 @@ def mac(block, x: Tensor, reach: int) -> Tensor:
 
 
 def mag(block, x: Tensor, reach: int) -> Tensor:
-    y = attend(block.attention, x, window(reach), block.persistent)
+    y = x + attend(block.attention, x, window(reach), block.persistent)
     return block.gate(y, remembered(block, x))
 
 
 def mal(block, x: Tensor, reach: int) -> Tensor:
-    y = block.memory_norm(remembered(block, x))
-    return block.out_proj(attend(block.attention, y, window(reach), None))
+    y = remembered(block, x)
+    return y + attend(block.attention, block.memory_norm(x + y), window(reach), None)
 
 
 def remembered(block, x: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def test_autocast(variant):
     for state in memories(out.past_key_values):
         assert {t.dtype for t in (*state.weights, *state.momentum, state.gates)} == {torch.float32}
     assert abs(float(out.loss - exact.loss)) < 0.05 * float(exact.loss)
-    assert torch.cosine_similarity(got, expected, 0) > 0.95
+    assert torch.cosine_similarity(got, expected, 0) > 0.9
 
 
 @variants

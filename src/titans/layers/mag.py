@@ -45,4 +45,4 @@ class MAG(Block):
     def mix(self, x: Tensor, state: MAGState, lengths: Tensor | None) -> tuple[Tensor, MAGState]:
         y, window = self.attention(x, state.attention, lengths, self.persistent)  # eq. 27
         m, memory = self.memory(x, state.memory, prefix_mask(x, lengths))
-        return self.gate(y, m), MAGState(memory, window)  # eq. 28
+        return self.gate(x + y, m), MAGState(memory, window)  # eq. 28, with a residual in the attention

@@ -43,7 +43,8 @@ class NeuralMemory(nn.Module):
             ``"sigmoid"``: the paper's, each a sigmoid of its own.
             ``"write"``: one gate g in [0, 1] that reaches 0 and 1 exactly; theta = max_lr g, alpha = sigmoid(.) g, so
             that where nothing is written nothing is forgotten.
-        max_lr: largest theta.
+        max_lr: largest theta; default 0.1, and 0.1 / ``chunk_size`` for a network without norm, where nothing tames the sum
+            of a chunk's gradients.
         conv_size: length of the causal convolution over queries, keys and values; 1 for none.
         backend: see ``titans.memory.neural_memory``.
     """
@@ -57,7 +58,7 @@ class NeuralMemory(nn.Module):
         chunk_size: int = 64,
         network: MemoryMLP | None = None,
         gate: str = "sigmoid",
-        max_lr: float = 0.1,
+        max_lr: float | None = None,
         conv_size: int = 4,
         backend: str = "auto",
     ):
@@ -68,7 +69,8 @@ class NeuralMemory(nn.Module):
             raise ValueError(f"gate must be one of {GATES}, got {gate!r}")
         self.dim, self.heads, self.head_dim = dim, heads, head_dim or dim // heads
         self.chunk_size, self.network, self.backend = chunk_size, network or MemoryMLP(), backend
-        self.gate, self.max_lr = gate, max_lr
+        self.gate = gate
+        self.max_lr = (0.1 if self.network.norm else 0.1 / chunk_size) if max_lr is None else max_lr
         inner = heads * self.head_dim
         self.qkv_proj = nn.Linear(dim, 3 * inner, bias=False)
         self.conv = ShortConvolution(3 * inner, conv_size)

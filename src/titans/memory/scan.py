@@ -145,12 +145,14 @@ class _Scan(torch.autograd.Function):
         inputs, gain = _Inputs(*tensors[:9]), tensors[9]
         chunks, grads = inputs.chunks(), _Inputs(*(torch.zeros_like(t) for t in inputs))
         ggain = None if gain is None else torch.zeros_like(gain)
-        for g in reversed(range(len(ctx.starts))):
-            first = g * GROUP
-            kept = ctx.kept or _recompute(network, chunks[first : first + GROUP], gain, ctx.starts[g])
-            for c in reversed(range(first, first + len(kept))):
-                gt = _Inputs(*(grad[c] for grad in grads))
-                gmaps = _backward(network, kept.pop(), chunks[c], gain, gout[c], gmaps, gt, ggain)
+        with torch.autocast(gout.device.type, enabled=False):  # as in the forward, wherever backward is called
+            for g in reversed(range(len(ctx.starts))):
+                first = g * GROUP
+                # taken one by one to free them early; a second pass over the graph recomputes
+                kept = ctx.kept or _recompute(network, chunks[first : first + GROUP], gain, ctx.starts[g])
+                for c in reversed(range(first, first + len(kept))):
+                    gt = _Inputs(*(grad[c] for grad in grads))
+                    gmaps = _backward(network, kept.pop(), chunks[c], gain, gout[c], gmaps, gt, ggain)
         return (None, *grads, ggain, *gmaps)
 
 

@@ -28,7 +28,7 @@ class TitansConfig(PreTrainedConfig):
         memory_expansion: hidden width of the memory network over its head width.
         memory_activation, memory_residual, memory_norm: see ``titans.memory.MemoryMLP``.
         memory_gate: ``"sigmoid"`` or ``"write"``, see ``titans.NeuralMemory``.
-        memory_max_lr: largest inner step size theta.
+        memory_max_lr: largest inner step size theta; default as in ``titans.NeuralMemory``.
         memory_conv_size: length of the causal convolution over queries, keys and values; 1 for none.
         chunk_size: tokens whose inner gradients are taken at the same memory.
         segment_length: tokens a segment (``mac``).
@@ -58,7 +58,7 @@ class TitansConfig(PreTrainedConfig):
     memory_residual: bool = True
     memory_norm: bool = True
     memory_gate: str = "sigmoid"
-    memory_max_lr: float = 0.1
+    memory_max_lr: float | None = None
     memory_conv_size: int = 4
     chunk_size: int = 16
     segment_length: int = 64
@@ -113,7 +113,7 @@ class TitansConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_persistent_tokens must be 0 or more, got {self.num_persistent_tokens!r}; use an integer"
             )
-        if not self.memory_max_lr > 0:
+        if self.memory_max_lr is not None and not self.memory_max_lr > 0:
             raise ValueError(f"memory_max_lr must be positive, got {self.memory_max_lr}")
         if self.memory_head_dim is None and self.hidden_size % self.num_memory_heads:  # type: ignore[operator]
             raise ValueError(
