@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
 
     model, tokenizer = load_run(options.run)
     prompt = _prompt(options.prompt, options.prompt_file) or tokenizer.bos_token
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, split_special_tokens=False)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, split_special_tokens=False).to(model.device)
     sampling: dict = {"do_sample": False}
     if options.temperature > 0:
         draws = {name: options[name] for name in ("temperature", "top_k", "top_p")}

@@ -43,8 +43,8 @@ class NeuralMemory(nn.Module):
             ``"sigmoid"``: the paper's, each a sigmoid of its own.
             ``"write"``: one gate g in [0, 1] that reaches 0 and 1 exactly; theta = max_lr g, alpha = sigmoid(.) g, so
             that where nothing is written nothing is forgotten.
-        max_lr: largest theta; default 0.1, and 0.1 / ``chunk_size`` for a network without norm, where nothing tames the sum
-            of a chunk's gradients.
+        max_lr: largest theta; default 0.1, and 0.1 / ``chunk_size`` for a network without norm, where nothing tames the
+            sum of a chunk's gradients.
         conv_size: length of the causal convolution over queries, keys and values; 1 for none.
         backend: see ``titans.memory.neural_memory``.
     """

@@ -126,7 +126,7 @@ def read_on(model: PreTrainedModel, input_ids: torch.Tensor, cache: Any = None) 
 
 
 def load_run(run: str) -> tuple[Any, Any]:
-    """Model (in evaluation mode) and tokenizer of a finished run's folder.
+    """Model (in evaluation mode, on the GPU if there is one) and tokenizer of a finished run's folder.
 
     Raises:
         FileNotFoundError: no run there, or one that has not finished.
@@ -143,4 +143,6 @@ def load_run(run: str) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # safetensors, json and torch each raise their own
         raise ValueError(f"{weights} cannot be read ({error}); it is damaged, train again or restore it") from error
+    if torch.cuda.is_available():
+        model.cuda()
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -35,7 +35,7 @@ def train(
         progress: show a progress bar.
 
     Returns:
-        What `result.json` holds: validation loss, metrics, speed, date, versions.
+        What `result.json` holds: validation loss, metrics (in the first process of several), speed, date, versions.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -71,6 +71,8 @@ def train(
         "training_seconds": clock.seconds,
         "provenance": provenance(),
     }
+    if not trainer.is_world_process_zero():
+        return result
     _plot_loss(trainer.state.log_history, folder / "loss.png")
     model.eval()
     if evaluate:
