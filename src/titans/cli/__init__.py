@@ -8,6 +8,7 @@ COMMANDS = {
     "generate": "let a trained model go on from a prompt",
     "eval": "measure a trained model on a task",
     "compare": "train several models under one budget, over seeds, and tabulate",
+    "bench": "time and memory of layers and models, side by side",
 }
 
 USAGE = f"""usage: titans COMMAND [options]

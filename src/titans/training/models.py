@@ -140,7 +140,7 @@ def load_run(run: str) -> tuple[Any, Any]:
         unfinished = "; the run has not finished, resume it first" if (folder / "checkpoints").exists() else ""
         raise FileNotFoundError(f"run={run!r} holds no model.safetensors{unfinished or '; give the folder of a run'}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # safetensors, json and torch each raise their own
         raise ValueError(f"{weights} cannot be read ({error}); it is damaged, train again or restore it") from error
     if torch.cuda.is_available():

@@ -1,0 +1,124 @@
+"""What is timed: a case names a task, a subject and the sizes; a subject is built from it in a process of its own."""
+
+import importlib
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+# task -> (what it times, subject -> "module:function" that builds it from a case)
+TASKS: dict[str, tuple[str, dict[str, str]]] = {
+    "memory": (
+        "one sequence mixer, [batch, length, dim]",
+        {
+            "titans": "titans.bench.layers:titans",
+            "titans-pytorch": "titans.bench.layers:titans_pytorch",
+            "sdpa": "titans.bench.layers:sdpa",
+            "matmul": "titans.bench.layers:matmul",
+        },
+    ),
+    "train": (
+        "a training step of a language model: forward, backward, AdamW",
+        dict.fromkeys(("mac", "mag", "mal", "lmm", "llama", "mamba2", "gated_delta_net"), "titans.bench.models:train"),
+    ),
+    "decode": (
+        "tokens written one by one after reading `length` tokens",
+        dict.fromkeys(("mac", "mag", "mal", "lmm", "llama", "mamba2"), "titans.bench.models:decode")
+        | {"titans-pytorch": "titans.bench.models:decode_titans_pytorch"},
+    ),
+    "stream": (
+        "a long sequence read piece by piece, 65,536 tokens a round",
+        dict.fromkeys(("mac", "mag", "mal", "lmm", "mamba2"), "titans.bench.models:stream"),
+    ),
+}
+PASSES = {"memory": ("forward", "backward"), "train": ("step",), "decode": ("step",), "stream": ("step",)}
+
+DEFAULT_SIZES: dict[str, dict[str, Any]] = {
+    "memory": {"dim": 384, "heads": 4, "head_dim": 64, "depth": 2, "expansion": 4, "chunk_size": 64, "batch": 2},
+    "train": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "chunk_size": 64, "reach": 64,
+              "batch": 1},
+    "decode": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "chunk_size": 64, "reach": 64,
+               "batch": 1},
+    "stream": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "chunk_size": 64, "reach": 64,
+               "batch": 1},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time.
+
+    Attributes:
+        task, subject: keys of TASKS.
+        measure: one of PASSES; "backward" is forward and backward.
+        length: tokens.
+        dtype: of the operands: "float32" or "bfloat16" (the memory's state is float32 in both).
+        sizes: the task's own, as in DEFAULT_SIZES.
+        revision: commit whose code is timed; None for this one.
+    """
+
+    task: str
+    subject: str
+    measure: str
+    length: int
+    threads: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    sizes: dict[str, Any] = field(default_factory=dict)
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.subject + (f"@{self.revision}" if self.revision else "")
+
+
+@dataclass
+class Subject:
+    """A built case.
+
+    Attributes:
+        run: one repetition.
+        tokens: read or written by it.
+        check: raises AssertionError if what is timed is not right; None where there is nothing of ours to check.
+    """
+
+    run: Callable[[], Any]
+    tokens: int
+    check: Callable[[], None] | None = None
+
+
+def build(case: Case) -> Subject:
+    """Raises ImportError with the mend if a peer is not installed."""
+    module, _, function = TASKS[case.task][1][case.subject].partition(":")
+    return getattr(importlib.import_module(module), function)(case)
+
+
+def groups(
+    task: str, subjects: list[str] | None, lengths: list[int], threads: list[int], dtypes: list[str],
+    passes: list[str] | None, device: str, sizes: dict[str, Any], against: str | None,
+) -> list[list[Case]]:  # fmt: skip
+    """Every combination, the subjects of each together.
+
+    Raises:
+        ValueError: a task, subject, pass, dtype or size that is unknown.
+    """
+    _known("task", [task], TASKS)
+    subjects = subjects or list(TASKS[task][1])
+    passes = passes or list(PASSES[task])
+    _known("subjects", subjects, TASKS[task][1])
+    _known("passes", passes, PASSES[task])
+    _known("dtypes", dtypes, ("float32", "bfloat16"))
+    _known("device", [device], ("cpu", "cuda"))
+    _known("sizes", sizes, DEFAULT_SIZES[task])
+    sizes = DEFAULT_SIZES[task] | sizes
+    revisions = [None] if against is None else [None, against]
+    return [
+        [Case(task, s, p, n, t, d, device, sizes, r) for s in subjects for r in revisions]
+        for n, t, d, p in itertools.product(lengths, threads, dtypes, passes)
+    ]
+
+
+def _known(name: str, given, valid) -> None:
+    for value in given:
+        if value not in valid:
+            raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(valid)}")

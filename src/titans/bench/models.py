@@ -1,0 +1,142 @@
+"""Subjects of `bench train`, `decode` and `stream`: whole language models."""
+
+import bisect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from titans.bench.case import Case, Subject
+
+VARIANTS = ("mac", "mag", "mal", "lmm")
+STREAM_TOKENS, STREAM_PIECE, DECODE_TOKENS = 65_536, 4_096, 64
+
+
+def model(case: Case) -> Any:
+    """A byte-level model of the subject's kind at the case's sizes; its baselines get as many parameters."""
+    from titans.training.models import build_model
+
+    sizes = {name: value for name, value in case.sizes.items() if name not in ("batch", "reach", "chunk_size")}
+    ids = {"vocab_size": 258, "eos_token_id": 256, "pad_token_id": 257}
+
+    def ours(variant: str) -> dict[str, Any]:
+        reach = {"segment_length": case.sizes["reach"]} if variant == "mac" else {"sliding_window": case.sizes["reach"]}
+        return {"variant": variant, "chunk_size": case.sizes["chunk_size"], **sizes, **reach}
+
+    net: Any
+    if case.subject in VARIANTS:
+        net = build_model(ours(case.subject), **ids)
+    else:
+        wanted = build_model(ours("mac"), **ids).num_parameters()
+        spec, grown, steps = {"type": case.subject, **sizes}, "intermediate_size", range(16, 8192, 16)
+        if case.subject == "mamba2":
+            spec.pop("num_attention_heads")
+            grown, steps = "num_hidden_layers", range(1, 65)
+        elif case.subject == "gated_delta_net":
+            heads = spec.pop("num_attention_heads")
+            spec |= {"linear_num_key_heads": heads, "linear_num_value_heads": heads}
+        net = _nearest(lambda size: build_model(spec | {grown: size}, **ids), wanted, steps)
+    return net.to(case.device)
+
+
+def _nearest(make: Callable[[int], Any], wanted: int, sizes: range) -> Any:
+    """The smallest model of at least the wanted number of parameters."""
+    return make(sizes[bisect.bisect_left(sizes, wanted, key=lambda size: make(size).num_parameters())])
+
+
+def _check(case: Case, net: Any):
+    """For our models: reading in pieces gives what reading at once gives."""
+    if case.subject not in VARIANTS:
+        return None
+
+    def check() -> None:
+        from titans.training.models import read_on
+
+        ids = torch.randint(0, 256, (1, 3 * case.sizes["reach"] + 1), device=case.device)
+        with torch.no_grad():
+            whole = net(ids).logits
+            first, cache = read_on(net, ids[:, : case.sizes["reach"] + 1])
+            rest, _ = read_on(net, ids[:, case.sizes["reach"] + 1 :], cache)
+        error = (torch.cat([first, rest], 1) - whole).abs().max().item()
+        if not error < 1e-3:
+            raise AssertionError(f"{case.subject} read in pieces differs by {error:.1e}; no speed is reported for it")
+
+    return check
+
+
+def _autocast(case: Case):
+    return torch.autocast(case.device, torch.bfloat16, enabled=case.dtype == "bfloat16")
+
+
+def train(case: Case) -> Subject:
+    net = model(case)
+    check = _check(case, net.eval())
+    net.train().config.use_cache = False
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    ids = torch.randint(0, 256, (case.sizes["batch"], case.length), device=case.device)
+
+    def run() -> None:
+        with _autocast(case):
+            net(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Subject(run, ids.numel(), check)
+
+
+def decode(case: Case) -> Subject:
+    """Greedy, the state carried from repetition to repetition."""
+    from titans.training.models import read_on
+
+    net = model(case).eval()
+    prompt = torch.randint(0, 256, (case.sizes["batch"], case.length), device=case.device)
+    with torch.inference_mode():
+        cache = None
+        for piece in prompt.split(STREAM_PIECE, 1):
+            logits, cache = read_on(net, piece, cache)
+
+    def run() -> None:
+        nonlocal cache, logits
+        with torch.inference_mode(), _autocast(case):
+            for _ in range(DECODE_TOKENS):
+                logits, cache = read_on(net, logits[:, -1:].argmax(-1), cache)
+
+    return Subject(run, DECODE_TOKENS * case.sizes["batch"], _check(case, net))
+
+
+def decode_titans_pytorch(case: Case) -> Subject:
+    """titans-pytorch's MAC with its own cached sampling; reading the prompt is not timed."""
+    try:
+        from titans_pytorch import MemoryAsContextTransformer
+    except ImportError as error:
+        raise ImportError("titans-pytorch is not installed; pip install titans-pytorch==0.5.5") from error
+    s = case.sizes
+    net = MemoryAsContextTransformer(
+        num_tokens=258, dim=s["hidden_size"], depth=s["num_hidden_layers"], segment_len=s["reach"],
+        heads=s["num_attention_heads"], dim_head=s["hidden_size"] // s["num_attention_heads"],
+    ).eval()  # fmt: skip
+    prompt = torch.randint(0, 256, (1, case.length))
+
+    def run() -> None:
+        net.sample(prompt, case.length + DECODE_TOKENS, use_cache=True, show_progress=False)
+
+    return Subject(run, DECODE_TOKENS)
+
+
+def stream(case: Case) -> Subject:
+    """Reads 65,536 tokens a repetition, going on where the one before stopped."""
+    from titans.training.models import read_on
+
+    net, cache = model(case).eval(), None
+    check = _check(case, net)
+
+    def run() -> None:
+        nonlocal cache
+        ids = torch.randint(0, 256, (case.sizes["batch"], STREAM_TOKENS), device=case.device)
+        with torch.inference_mode(), _autocast(case):
+            for piece in ids.split(STREAM_PIECE, 1):
+                logits, cache = read_on(net, piece, cache)
+        if not torch.isfinite(logits).all():
+            raise AssertionError(f"{case.subject} gave NaN or infinity")
+
+    return Subject(run, STREAM_TOKENS * case.sizes["batch"], check)

@@ -1,0 +1,55 @@
+"""titans bench"""
+
+import json
+from pathlib import Path
+
+from titans.cli.common import parse, quiet_libraries
+from titans.training.config import ConfigParser
+
+EXAMPLES = """examples:
+  titans bench memory --subjects "[titans,titans-pytorch,sdpa,matmul]" --lengths "[1024,4096]"
+  titans bench memory --against HEAD~1                this code and another commit's
+  titans bench train --subjects "[mag,mac,llama]" --lengths "[1024,4096,16384]"
+  titans bench decode --subjects "[mac,titans-pytorch]" --lengths "[16]"
+  titans bench stream --subjects "[mac]" --rounds 32   2M tokens, 65,536 a round
+"""
+
+
+def main(arguments: list[str]) -> None:
+    from titans.bench.case import DEFAULT_SIZES, TASKS, groups
+
+    parser = ConfigParser(
+        prog="titans bench",
+        description="Times subjects side by side, each in its own process, all of them in turn; prints medians, ratios "
+        "and peak memory. A subject of ours whose quick check against the reference fails gets no number.",
+        epilog=EXAMPLES,
+        exit_on_error=False,
+    )
+    tasks = "; ".join(f"{name}: {text} ({', '.join(subjects)})" for name, (text, subjects) in TASKS.items())
+    parser.add_argument("task", type=str, help=tasks)
+    parser.add_argument("--subjects", type=list[str] | None, default=None, help="first is the base of the ratios")
+    parser.add_argument("--lengths", type=list[int], default=[4096], help="tokens")
+    parser.add_argument("--threads", type=list[int], default=[1], help="threads of each process")
+    parser.add_argument("--dtypes", type=list[str], default=["float32"], help="float32, bfloat16 (autocast)")
+    parser.add_argument("--passes", type=list[str] | None, default=None, help="memory: forward, backward (both)")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
+    parser.add_argument("--sizes", type=dict, default={}, help=f"instead of the defaults {DEFAULT_SIZES}")
+    parser.add_argument("--rounds", type=int, default=7, help="repetitions of each subject, in turn")
+    parser.add_argument("--against", type=str | None, default=None, help="also time this commit's code")
+    parser.add_argument("--output", type=str | None, default=None, help="JSON file of the results; a picture beside it")
+    options = parse(parser, arguments)
+
+    names = ("task", "subjects", "lengths", "threads", "dtypes", "passes", "device", "sizes", "against")
+    planned = groups(**{name: options[name] for name in names})
+    quiet_libraries()
+    from titans.bench.run import bench, plot, table
+    from titans.training.callbacks import write_atomically
+    from titans.training.provenance import provenance
+
+    rows = bench(planned, options.rounds)
+    if options.output:
+        command = " ".join(["titans", "bench", *arguments])
+        path = Path(options.output)
+        write_atomically(path, json.dumps({"provenance": provenance(), "command": command, "rows": rows}, indent=1))
+        write_atomically(path.with_suffix(".md"), table(rows) + "\n")
+        plot(rows, path.with_suffix(".png"))
