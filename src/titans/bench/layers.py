@@ -54,11 +54,11 @@ def check_memory(network: Any, head_dim: int, chunk_size: int) -> None:
     log_gates = [F.logsigmoid(2 + torch.randn(B, T, H, generator=generator).double()) for _ in range(2)]
     weights = tuple(w.double() for w in network.init(H, d))
     results = []
+    inputs = (q, k, v, lr, *log_gates, *weights)
     for backend in ("reference", "auto"):
-        leaves = [t.clone().requires_grad_() for t in (q, k, v, lr, *log_gates, *weights)]
-        out, state = neural_memory(
-            *leaves[:6], tuple(leaves[6:]), network=network, chunk_size=chunk_size, backend=backend
-        )  # fmt: skip
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        options: Any = {"network": network, "chunk_size": chunk_size, "backend": backend}
+        out, state = neural_memory(*leaves[:6], tuple(leaves[6:]), **options)
         loss = out.square().sum() + sum(w.square().sum() for w in state.weights)
         results.append((out, *torch.autograd.grad(loss, leaves)))
     for got, expected in zip(*results[::-1], strict=True):
