@@ -1,6 +1,7 @@
 """Subjects of `bench memory`: our layer, its peer, attention, and the bare matrix products of our layer."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,8 +58,8 @@ def check_memory(network: Any, head_dim: int, chunk_size: int) -> None:
     inputs = (q, k, v, lr, *log_gates, *weights)
     for backend in ("reference", "auto"):
         leaves = [t.clone().requires_grad_() for t in inputs]
-        options: Any = {"network": network, "chunk_size": chunk_size, "backend": backend}
-        out, state = neural_memory(*leaves[:6], tuple(leaves[6:]), **options)
+        memory: Any = partial(neural_memory, network=network, chunk_size=chunk_size, backend=backend)
+        out, state = memory(*leaves[:6], tuple(leaves[6:]))
         loss = out.square().sum() + sum(w.square().sum() for w in state.weights)
         results.append((out, *torch.autograd.grad(loss, leaves)))
     for got, expected in zip(*results[::-1], strict=True):
