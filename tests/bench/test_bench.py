@@ -1,0 +1,121 @@
+"""The benchmark runner: processes that take turns, honest rows, clear refusals. Nothing here judges a speed."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+from titans.bench import layers, worker
+from titans.bench.case import DEFAULT_SIZES, TASKS, Case, Subject, build, groups
+from titans.bench.run import bench, plot, table
+from titans.cli import main
+from titans.memory import MemoryMLP
+
+TINY = {"dim": 16, "heads": 2, "head_dim": 8, "expansion": 2, "chunk_size": 8, "batch": 1}
+TINY_MODEL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "chunk_size": 8, "reach": 8}
+
+
+def plan(task="memory", **changes):
+    arguments = {
+        "subjects": ["titans", "sdpa"], "lengths": [24], "threads": [1], "dtypes": ["float32"], "passes": None,
+        "device": "cpu", "sizes": TINY, "against": None,
+    }  # fmt: skip
+    return groups(task, **(arguments | changes))
+
+
+def test_rows_of_a_run(tmp_path):
+    rows = bench(plan(subjects=["sdpa", "titans", "matmul"], passes=["backward"]), rounds=2, say=lambda text: None)
+    assert [row["name"] for row in rows] == ["sdpa", "titans", "matmul"]
+    for row in rows:
+        assert len(row["seconds"]) == 2
+        assert row["tokens"] == 24
+        low, high = row["quartiles"]
+        assert low <= row["median"] <= high
+    ratios = [a / b for a, b in zip(rows[0]["seconds"], rows[1]["seconds"], strict=True)]
+    assert rows[1]["times_first"] == pytest.approx(sum(ratios) / 2)
+    fractions = [a / b for a, b in zip(rows[2]["seconds"], rows[1]["seconds"], strict=True)]
+    assert rows[1]["fraction_of_matmul"] == pytest.approx(sum(fractions) / 2)
+    json.dumps(rows)
+    assert table(rows).count("\n") == 4
+    plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(("task", "subject"), [(t, s) for t in TASKS for s in TASKS[t][1] if s != "titans-pytorch"])
+def test_every_subject_runs_and_passes_its_check(task, subject, monkeypatch):
+    monkeypatch.setattr("titans.bench.models.STREAM_TOKENS", 64)
+    monkeypatch.setattr("titans.bench.models.DECODE_TOKENS", 3)
+    sizes = DEFAULT_SIZES[task] | (TINY if task == "memory" else TINY_MODEL)
+    if subject == "mamba2":
+        sizes |= {"hidden_size": 64}  # a head of the library's has 64 dimensions
+    measure = "backward" if task == "memory" else "step"
+    built = build(Case(task, subject, measure, 24, sizes=sizes))
+    if built.check is not None:
+        built.check()
+    built.run()
+    assert built.tokens > 0
+
+
+def answers(capsys):
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def run_worker(monkeypatch, subject, rounds):
+    monkeypatch.setattr(worker, "build", lambda case: subject)
+    case = {"task": "memory", "subject": "titans", "measure": "forward", "length": 1}
+    monkeypatch.setattr(sys, "argv", ["worker", json.dumps(case | {"threads": torch.get_num_threads()})])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n" * rounds))
+    worker.main()
+
+
+def test_no_number_for_what_is_wrong(monkeypatch, capsys):
+    def check():
+        raise AssertionError("differs")
+
+    run_worker(monkeypatch, Subject(lambda: None, 1, check), 3)
+    assert answers(capsys) == [{"error": "differs"}]
+
+
+def test_peak_memory_is_that_of_the_run(monkeypatch, capsys):
+    run_worker(monkeypatch, Subject(lambda: torch.ones(25_000_000).sum(), 1), 1)
+    first, second = answers(capsys)
+    assert 90e6 < first["peak_bytes"] < 200e6
+    assert second["seconds"] > 0
+
+
+def test_the_check_notices_a_wrong_memory(monkeypatch):
+    layers.check_memory(MemoryMLP(), 8, 4)
+    monkeypatch.setattr("titans.memory.chunked.widen", lambda x, mix: torch.cat([x, x], -1))
+    with pytest.raises(AssertionError, match="differs from its reference"):
+        layers.check_memory(MemoryMLP(), 8, 4)
+
+
+def test_a_row_with_an_error_stays_a_row():
+    row = {"name": "titans", "measure": "forward", "length": 8, "threads": 1, "dtype": "float32", "error": "differs"}
+    assert "| titans | forward | 8 | 1 | float32 | differs |" in table([row])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"subjects": ["titan"]}, "subjects='titan'"), ({"dtypes": ["float16"]}, "dtypes='float16'"),
+     ({"passes": ["step"]}, "passes='step'"), ({"sizes": {"width": 3}}, "sizes='width'")],
+)  # fmt: skip
+def test_unknown_names_are_refused(change, named):
+    with pytest.raises(ValueError, match=named):
+        plan(**change)
+
+
+def test_command_writes_its_results(tmp_path, capsys):
+    out = tmp_path / "layer.json"
+    sizes = json.dumps(TINY).replace('"', "")
+    code = main(["bench", "memory", "--subjects", "[sdpa]", "--lengths", "[16]", "--passes", "[forward]",
+                 "--sizes", sizes, "--rounds", "2", "--output", str(out)])  # fmt: skip
+    assert code == 0, capsys.readouterr().err
+    result = json.loads(out.read_text())
+    assert result["rows"][0]["subject"] == "sdpa"
+    assert result["command"].startswith("titans bench memory")
+    assert out.with_suffix(".png").exists()
+    assert main(["bench", "speed"]) == 2
+    assert "speed" in capsys.readouterr().err
