@@ -68,4 +68,4 @@ def test_masks_against_the_recurrence():
     assert_equal(masks.read[:, 0], respond(torch.tensor(1.0).double(), torch.tensor(0.0).double(), -1)[0])
     carried = respond(torch.tensor(0.0).double(), torch.tensor(1.0).double(), -1)
     assert_equal(masks.read[:, 1], carried[0])
-    assert_equal(masks.end[2], carried[1])
+    assert_equal(masks.transition[1, 1], carried[1])

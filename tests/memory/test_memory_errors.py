@@ -93,9 +93,7 @@ def test_file_of_something_else(tmp_path):
         MemoryState.load(tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize(
-    "name", ["gates", "position", "momentum.0", "momentum.1", "inputs.1", "weights.0", "weights.1"]
-)
+@pytest.mark.parametrize("name", ["pending", "transition", "position", "inputs.1", "maps.0", "maps.1"])
 def test_missing_tensor(name):
     tensors = make().run()[1].tensors()
     del tensors[name]

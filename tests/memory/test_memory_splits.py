@@ -73,13 +73,16 @@ def test_a_call_shorter_than_a_chunk_writes():
     assert (after - forgotten).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("piece", ["momentum", "inputs", "signals", "gates"])
+@pytest.mark.parametrize("piece", ["momentum", "inputs", "signals", "pending", "transition"])
 def test_nothing_in_the_state_is_superfluous(piece):
     """Trap 7: a carried state without its momentum or its open chunk gives other numbers."""
     case = make(T=13)
     state = case.tokens(0, 6).run()[1]
-    value = getattr(state, piece)
-    empty = tuple(map(torch.zeros_like, value)) if isinstance(value, tuple) else torch.zeros_like(value)
+    if piece == "momentum":
+        piece, empty = "maps", tuple(torch.stack([w, torch.zeros_like(w)], 2) for w in state.weights)
+    else:
+        value = getattr(state, piece)
+        empty = tuple(map(torch.zeros_like, value)) if isinstance(value, tuple) else torch.zeros_like(value)
     broken = type(state)(**{**vars(state), piece: empty})
     whole = case.tokens(6).run(state=state)[0]
     assert (case.tokens(6).run(state=broken)[0] - whole).abs().max() > 1e-3

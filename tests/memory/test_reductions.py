@@ -87,7 +87,8 @@ def test_lr_zero_writes_exactly_nothing(backend, info, momentum):
     """Float32, and a memory in the middle of its life: weights and momentum keep every bit over many tokens."""
     case = make(T=8 + 64, dtype=torch.float32)
     _, state, _ = case.tokens(0, 8).run()
-    state = type(state)(**{**vars(state), "momentum": tuple(map(torch.zeros_like, state.momentum))})
+    maps = tuple(torch.stack([w, torch.zeros_like(w)], 2) for w in state.weights)
+    state = type(state)(**{**vars(state), "maps": maps})
     still = gates(case.tokens(8), lr=0.0, log_retention=0.0, log_momentum=momentum)
     end = still.run(backend, state, info=info)[1]
     assert all(torch.equal(a, b) for a, b in zip(end.weights, state.weights, strict=True))

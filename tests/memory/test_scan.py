@@ -81,7 +81,7 @@ def test_gradient_of_one_input_alone(wanted):
 
     def pick(case, state):
         if wanted == "state":
-            return state.weights[0]
+            return state.maps[0]
         return case.weights[-1] if wanted == "weights" else getattr(case, wanted)
 
     bare = full.on(*(x.detach() for x in full.inputs), weights=tuple(w.detach() for w in full.weights))

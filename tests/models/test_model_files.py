@@ -86,7 +86,7 @@ def test_bfloat16_model_keeps_float32_memory(variant, tmp_path):
         out = model(ids(T=1), past_key_values=out.past_key_values)
     assert out.logits.dtype == torch.bfloat16
     for state in memories(out.past_key_values):
-        assert {t.dtype for t in (*state.weights, *state.momentum, state.gates)} == {torch.float32}
+        assert {t.dtype for t in (*state.maps, state.pending, state.transition)} == {torch.float32}
 
 
 @variants
@@ -113,7 +113,7 @@ def test_autocast(variant):
     with torch.autocast("cpu", torch.bfloat16):
         out, got = train()
     for state in memories(out.past_key_values):
-        assert {t.dtype for t in (*state.weights, *state.momentum, state.gates)} == {torch.float32}
+        assert {t.dtype for t in (*state.maps, state.pending, state.transition)} == {torch.float32}
     assert abs(float(out.loss - exact.loss)) < 0.05 * float(exact.loss)
     assert torch.cosine_similarity(got, expected, 0) > 0.9
 

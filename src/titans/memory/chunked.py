@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from titans.memory.gates import ChunkMasks, chunk_masks
+from titans.memory.gates import chunk_masks
 from titans.memory.network import MemoryMLP, safe_sqrt
-from titans.memory.pieces import Cut, Piece
+from titans.memory.pieces import Cut
 from titans.memory.scan import advance, read, scan, widen
 from titans.memory.state import MemoryState
 
@@ -39,9 +39,12 @@ def chunked(
         state.position.repeat_interleave(H), None if lengths is None else lengths.repeat_interleave(H), T, C, not info
     )
     split = [cut.split(x.transpose(1, 2).flatten(0, 1)) for x in (q, k, v, gates)]
-    maps = [torch.stack(pair, 2).flatten(0, 1) for pair in zip(state.weights, state.momentum, strict=True)]
-    start = [h.flatten(0, 1) for h in (*state.inputs, *state.signals, state.gates)]
-    held: list[Tensor | None] = list(start)  # the open chunk; None stands for zeros
+    flat = _flat(state)
+    maps, pending = list(flat.maps), flat.pending
+    start = [*flat.inputs, *flat.signals]
+    held: Sequence[Tensor | None] = start  # the open chunk; None stands for zeros
+    nothing, same = torch.zeros_like(pending), torch.eye(2, dtype=gates.dtype, device=q.device).expand(G, 2, 2)
+    transition = state.since_start().flatten(0, 1)
     norm = (affine[0].repeat(B, 1).unsqueeze(1), affine[1].repeat(B, 1).unsqueeze(1)) if affine else None
 
     outs, surprises, losses = [], [], []
@@ -49,25 +52,32 @@ def chunked(
         if not info and piece.is_whole(C):
             out, maps = scan(q_, k_, v_, gates_, maps, norm, network, C)
             outs.append(out)
-            held = [None] * len(held)
+            held, pending, transition = [None for _ in held], nothing, same
             continue
         operands = [m.to(dtype) for m in maps]
         x, d, loss = network.trace([m[:, 0] for m in operands], norm, k_, v_)
         if info:
             surprises.append(_surprise(x, d, loss.dtype))
             losses.append(loss)
-        filled = [piece.place(new, old, C) for new, old in zip((*x, *d, gates_), held, strict=True)]
-        x, d, masks = filled[:L], filled[L:-1], chunk_masks(filled[-1])
-        outs.append(network.forward(q_, _reader(operands, x, d, masks, piece), norm))
+        filled = [piece.place(new, old, C) for new, old in zip((*x, *d), held, strict=True)]
+        x, d = filled[:L], filled[L:]
+        masks = chunk_masks(piece.blank(gates_), piece.last)
+        # tokens before this piece: their gradients fade with the memory and the momentum that hold them
+        write = piece.place(masks.write.mT, pending @ masks.read.mT, C).mT
+        outs.append(network.forward(q_, _reader(operands, x, d, write, masks.read @ transition), norm))
+        pending = piece.where_read(piece.place(masks.to_state, pending @ masks.transition.mT, C), pending)
+        transition = piece.where_read(masks.transition @ transition, transition)
         if piece.closes is not False:
-            closed = _advance(maps, x, d, masks)
+            closed = _advance(maps, x, d, pending, transition)
             maps = [piece.where_closed(new, old) for new, old in zip(closed, maps, strict=True)]
+            pending, transition = piece.where_closed(nothing, pending), piece.where_closed(same, transition)
         held = [None if piece.closes is True else piece.where_closed(torch.zeros_like(f), f) for f in filled]
 
     ends = [torch.zeros_like(s) if h is None else h.to(s.dtype) for h, s in zip(held, start, strict=True)]
-    w, s = zip(*(m.unflatten(0, (B, H)).unbind(2) for m in maps), strict=True)
-    ends = tuple(t.unflatten(0, (B, H)) for t in ends)
-    end = MemoryState(w, s, ends[:L], ends[L:-1], ends[-1], state.position + (T if lengths is None else lengths))
+    maps, ends = (tuple(t.unflatten(0, (B, H)) for t in ts) for ts in (maps, ends))
+    pending, transition = pending.unflatten(0, (B, H)), transition.unflatten(0, (B, H))
+    position = state.position + (T if lengths is None else lengths)
+    end = MemoryState(maps, ends[:L], ends[L:], pending, transition, position)
 
     def whole(pieces: list[Tensor], like: Tensor) -> Tensor:
         joined = cut.join(pieces, like.transpose(1, 2).reshape(G, T, *like.shape[3:]))
@@ -79,21 +89,19 @@ def chunked(
 
 def current_maps(state: MemoryState) -> list[Tensor]:
     """The memory's linear maps [B, H, d_in, d_out] as they stand after the last token, open chunk included."""
-    slots = torch.arange(state.chunk_size, device=state.gates.device)
-    empty = (slots >= (state.position % state.chunk_size).unsqueeze(1)).view(-1, 1, state.chunk_size)
-    lr, log_momentum, log_retention = state.gates.unbind(-1)
-    # momentum moves the memory at every step: it has to end with the last token, or empty slots would add it again
-    gates = torch.stack([lr, log_momentum.masked_fill(empty, -torch.inf), log_retention], -1)
-    maps = [torch.stack(pair, 2).flatten(0, 1) for pair in zip(state.weights, state.momentum, strict=True)]
-    x, d = ([t.flatten(0, 1) for t in ts] for ts in (state.inputs, state.signals))
-    with torch.autocast(state.gates.device.type, enabled=False):
-        maps = _advance(maps, x, d, chunk_masks(gates.flatten(0, 1)))
-    return [m[:, 0].unflatten(0, state.gates.shape[:2]) for m in maps]
+    flat = _flat(state)
+    with torch.autocast(state.pending.device.type, enabled=False):
+        maps = _advance(flat.maps, flat.inputs, flat.signals, flat.pending, flat.transition)
+    return [m[:, 0].unflatten(0, state.pending.shape[:2]) for m in maps]
 
 
-def _reader(maps: Tensors, x: Tensors, d: Tensors, masks: ChunkMasks, piece: Piece):
+def _flat(state: MemoryState) -> MemoryState:
+    """Batch and heads as one dimension."""
+    return state.map(lambda t: t.flatten(0, 1) if t.dim() > 3 else t)
+
+
+def _reader(maps: Tensors, x: Tensors, d: Tensors, write: Tensor, mix: Tensor):
     """The linear maps of the memory at every token of the piece, applied without being formed."""
-    write, mix = piece.rows(masks.write), piece.rows(masks.read)
 
     def linear(i: int, h: Tensor) -> Tensor:
         scores = (torch.bmm(h, x[i].to(h.dtype).mT) * write).to(h.dtype)
@@ -102,9 +110,9 @@ def _reader(maps: Tensors, x: Tensors, d: Tensors, masks: ChunkMasks, piece: Pie
     return linear
 
 
-def _advance(maps: Tensors, x: Tensors, d: Tensors, masks: ChunkMasks) -> list[Tensor]:
-    """The maps after all tokens of a chunk."""
-    return [advance(m, widen(x_i, masks.to_state), d_i, masks.end) for m, x_i, d_i in zip(maps, x, d, strict=True)]
+def _advance(maps: Tensors, x: Tensors, d: Tensors, pending: Tensor, transition: Tensor) -> list[Tensor]:
+    """The maps after the open chunk's tokens."""
+    return [advance(m, widen(x_i, pending), d_i, transition) for m, x_i, d_i in zip(maps, x, d, strict=True)]
 
 
 def _surprise(x: Tensors, d: Tensors, dtype: torch.dtype) -> Tensor:

@@ -18,31 +18,43 @@ def segment_sum(x: Tensor) -> Tensor:
 
 
 class ChunkMasks(NamedTuple):
-    """What a chunk's gates say of its tokens; C is the chunk's length, symbols as in README.md.
+    """What the gates of C tokens in a row say of them; symbols as in README.md.
 
     ``write`` A [..., C, C]: weight of the gradient of token s in the memory at token t.
-    ``read`` (beta, f) [..., C, 2]: weights of the chunk's first memory and momentum in the memory at token t.
-    ``to_state`` [..., C, 2]: weight of the gradient of token s in memory and momentum at the chunk's end.
-    ``end`` (beta_C, f_C, m_C) [..., 3]: what the end keeps of the memory, takes of the momentum, keeps of the momentum.
+    ``read`` (beta, f) [..., C, 2]: weights of the first memory and momentum in the memory at token t.
+    ``to_state`` [..., C, 2]: weight of the gradient of token s in memory and momentum after the last token.
+    ``transition`` ((beta, f), (0, m)) [..., 2, 2]: what first memory and momentum become after the last token.
     """
 
     write: Tensor
     read: Tensor
     to_state: Tensor
-    end: Tensor
+    transition: Tensor
 
 
-def chunk_masks(gates: Tensor) -> ChunkMasks:
-    """Masks of one chunk from ``gates`` [..., C, 3] = (lr, log_momentum, log_retention)."""
+def chunk_masks(gates: Tensor, last: Tensor | None = None) -> ChunkMasks:
+    """Masks of ``gates`` [..., C, 3] = (lr, log_momentum, log_retention).
+
+    ``last`` [...] is the last real token, where those behind it are padding.
+    """
     lr, log_momentum, log_retention = gates.unbind(-1)
-    retention, momentum = segment_sum(log_retention).exp(), segment_sum(log_momentum).exp()
-    keep = log_retention.cumsum(-1).exp().unsqueeze(-1)
-    kept_momentum = log_momentum.cumsum(-1).exp().unsqueeze(-1)
-    both = retention @ torch.cat([momentum, kept_momentum], -1)
-    write, read = both[..., :-1] * lr.unsqueeze(-2), torch.cat([keep, both[..., -1:]], -1)
-    return ChunkMasks(
-        write=write,
-        read=read,
-        to_state=torch.stack([write[..., -1, :], momentum[..., -1, :] * lr], -1),
-        end=torch.cat([read[..., -1, :], kept_momentum[..., -1, :]], -1),
-    )
+    if gates.shape[-2] == 1:  # one token: the recurrence itself
+        write, read = lr.unsqueeze(-1), torch.stack([log_retention, log_momentum], -1).exp()
+        to_state, kept = write.expand(*lr.shape, 2), read[..., 0, 1:]
+    else:
+        retention, momentum = segment_sum(log_retention).exp(), segment_sum(log_momentum).exp()
+        keep, kept_momentum = (g.cumsum(-1).exp().unsqueeze(-1) for g in (log_retention, log_momentum))
+        both = retention @ torch.cat([momentum, kept_momentum], -1)
+        write, read = both[..., :-1] * lr.unsqueeze(-2), torch.cat([keep, both[..., -1:]], -1)
+        to_state = torch.stack([_row(write, last), _row(momentum, last) * lr], -1)
+        kept = _row(kept_momentum, last)
+    first = _row(read, last)
+    transition = torch.stack([first, torch.cat([torch.zeros_like(kept), kept], -1)], -2)
+    return ChunkMasks(write, read, to_state, transition)
+
+
+def _row(x: Tensor, index: Tensor | None) -> Tensor:
+    """``x[..., index, :]`` for x [..., C, n]; the last row for None."""
+    if index is None:
+        return x[..., -1, :]
+    return x.gather(-2, index[..., None, None].expand(*index.shape, 1, x.shape[-1])).squeeze(-2)

@@ -71,12 +71,23 @@ class Piece:
         moved = take(new, source.clamp(0, self.width - 1))
         return torch.where(fits.view(*fits.shape, *[1] * (new.dim() - 2)), moved, held)
 
-    def rows(self, x: Tensor) -> Tensor:
-        """The slots of this piece's columns out of x [B, size, ...] -> [B, width, ...]."""
-        if isinstance(self.offset, int):
-            return x if self.width == x.shape[1] else x[:, self.offset : self.offset + self.width]
-        slots = self.offset.unsqueeze(1) + torch.arange(self.width, device=x.device)
-        return take(x, slots.clamp(max=x.shape[1] - 1))
+    @property
+    def last(self) -> Tensor | None:
+        """The last real column of every row [B] (0 in rows without one); None: the last."""
+        return None if self.valid is None else (self.valid - 1).clamp(min=0)
+
+    def blank(self, x: Tensor) -> Tensor:
+        """x [B, width, ...] with zeros in columns that are not real."""
+        if self.valid is None:
+            return x
+        real = torch.arange(self.width, device=x.device) < self.valid.unsqueeze(1)
+        return x.masked_fill(~real.view(*real.shape, *[1] * (x.dim() - 2)), 0)
+
+    def where_read(self, new: Tensor, old: Tensor) -> Tensor:
+        """``new`` in the rows that have tokens in this piece, ``old`` in the others; both [B, ...]."""
+        if self.valid is None:
+            return new
+        return torch.where((self.valid > 0).view(-1, *[1] * (new.dim() - 1)), new, old)
 
     def where_closed(self, new: Tensor, old: Tensor) -> Tensor:
         """``new`` in the rows whose chunk is full after this piece, ``old`` in the others; both [B, ...]."""

@@ -32,8 +32,10 @@ def reference(
     row, head = torch.arange(B, device=q.device).unsqueeze(1), torch.arange(q.shape[2], device=q.device)
 
     frozen, start_momentum = state.weights, state.momentum
-    memory, momentum = _replay(state)
-    inputs, signals, open_gates, position = state.inputs, state.signals, state.gates, state.position
+    memory, momentum = _as_it_stands(state)
+    inputs, signals, position = state.inputs, state.signals, state.position
+    pending, transition = state.pending, state.since_start()
+    same = torch.eye(2, dtype=gates.dtype, device=q.device)
     outs, surprises, losses = [], [], []
     for t in range(T):
         here = real[:, t]
@@ -52,16 +54,18 @@ def reference(
         slot = (row, head, (position % C).unsqueeze(1))
         inputs = _where(here, tuple(_put(b, slot, n.squeeze(2)) for b, n in zip(inputs, x, strict=True)), inputs)
         signals = _where(here, tuple(_put(b, slot, n.squeeze(2)) for b, n in zip(signals, d, strict=True)), signals)
-        open_gates = _where(here, _put(open_gates, slot, gates[:, t]), open_gates)
+        step = torch.stack([torch.stack([retention, eta], -1), torch.stack([torch.zeros_like(eta), eta], -1)], -2)
+        pending = _where(here, _put(pending @ step.mT, slot, torch.stack([lr, lr], -1)), pending)
+        transition = _where(here, step @ transition, transition)
         position = position + here
         border = here & (position % C == 0)
         frozen, start_momentum = _where(border, memory, frozen), _where(border, momentum, start_momentum)
-        inputs, signals, open_gates = (
-            _where(border, tuple(torch.zeros_like(b) for b in inputs), inputs),
-            _where(border, tuple(torch.zeros_like(b) for b in signals), signals),
-            _where(border, torch.zeros_like(open_gates), open_gates),
-        )
-    end = MemoryState(frozen, start_momentum, inputs, signals, open_gates, position)
+        inputs = _where(border, tuple(torch.zeros_like(b) for b in inputs), inputs)
+        signals = _where(border, tuple(torch.zeros_like(b) for b in signals), signals)
+        pending = _where(border, torch.zeros_like(pending), pending)
+        transition = _where(border, same.expand_as(transition), transition)
+    maps = tuple(torch.stack(pair, 2) for pair in zip(frozen, start_momentum, strict=True))
+    end = MemoryState(maps, inputs, signals, pending, transition, position)
     if not outs:
         empty = gates.new_zeros(gates.shape[:-1])
         return torch.zeros_like(like), end, (empty, empty)
@@ -69,18 +73,13 @@ def reference(
     return torch.stack(outs, 1).to(like.dtype), end, (torch.stack(surprises, 1) * real, torch.stack(losses, 1) * real)
 
 
-def _replay(state: MemoryState) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Memory and momentum as they stand, from the chunk's start and the open chunk's tokens."""
-    memory, momentum = state.weights, state.momentum
-    for s in range(state.chunk_size):
-        filled = s < state.position % state.chunk_size
-        lr, eta, retention = state.gates[:, :, s, 0], state.gates[:, :, s, 1].exp(), state.gates[:, :, s, 2].exp()
-        outer = zip(state.inputs, state.signals, strict=True)
-        gradient = [x[:, :, s].unsqueeze(-1) * d[:, :, s].unsqueeze(-2) for x, d in outer]
-        new_momentum = tuple(_times(eta, m) - _times(lr, g) for m, g in zip(momentum, gradient, strict=True))
-        new_memory = tuple(_times(retention, w) + m for w, m in zip(memory, new_momentum, strict=True))
-        memory, momentum = _where(filled, new_memory, memory), _where(filled, new_momentum, momentum)
-    return memory, momentum
+def _as_it_stands(state: MemoryState) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Memory and momentum after the open chunk's tokens, whose gradients are products of inputs and signals."""
+    now = []
+    for map, x, d in zip(state.maps, state.inputs, state.signals, strict=True):
+        started = torch.einsum("bhpq,bhqio->bhpio", state.since_start(), map)
+        now.append(started - torch.einsum("bhcp,bhci,bhco->bhpio", state.pending, x, d))
+    return tuple(m[:, :, 0] for m in now), tuple(m[:, :, 1] for m in now)
 
 
 def _times(scalar: Tensor, x: Tensor) -> Tensor:

@@ -52,13 +52,17 @@ def read(map: Tensor, wide: Tensor, scores: Tensor, d: Tensor) -> Tensor:
     return torch.baddbmm(torch.bmm(wide, map.flatten(1, 2)), scores, d, alpha=-1)
 
 
-def advance(map: Tensor, wide: Tensor, d: Tensor, end: Tensor) -> Tensor:
+def advance(map: Tensor, wide: Tensor, d: Tensor, transition: Tensor) -> Tensor:
     """W and S [G, 2, d_in, d_out] after all tokens of a chunk; wide: x weighted for W and for S."""
-    keep, carry, keep_momentum = end[:, :, None, None].unbind(1)
-    new = map * torch.stack([keep, keep_momentum], 1)
-    new[:, 0].addcmul_(map[:, 1], carry)
+    new = map * _diagonal(transition)
+    new[:, 0].addcmul_(map[:, 1], transition[:, 0, 1, None, None])
     _add_product(new.flatten(1, 2), wide.mT, d, -1)
     return new
+
+
+def _diagonal(transition: Tensor) -> Tensor:
+    """[G, 2, 2] -> [G, 2, 1, 1]"""
+    return transition.diagonal(dim1=1, dim2=2)[..., None, None]
 
 
 class _Chunk(NamedTuple):
@@ -89,7 +93,7 @@ class _Inputs(NamedTuple):
     write: Tensor
     read: Tensor
     to_state: Tensor
-    end: Tensor
+    transition: Tensor
 
     def chunks(self) -> list["_Inputs"]:
         return [_Inputs(*tensors) for tensors in zip(*(t.unbind(0) for t in self), strict=True)]
@@ -118,7 +122,7 @@ def _forward(network: MemoryMLP, t: _Inputs, gain, maps: Tensors) -> tuple[Tenso
         wide_h.append(widen(h[-1], t.read))
         r.append(read(operands[i], wide_h[i], scores[i], d[i]))
     wide_x = [t.wide_k, *(widen(x_i, t.to_state) for x_i in x[1:])]
-    new = [advance(m, wide, d_i, t.end) for m, wide, d_i in zip(maps, wide_x, d, strict=True)]
+    new = [advance(m, wide, d_i, t.transition) for m, wide, d_i in zip(maps, wide_x, d, strict=True)]
     return r[-1], new, _Chunk(maps, x, z, u, d, h, r[:-1], wide_x, wide_h, raw, scores, norm)
 
 
@@ -178,11 +182,9 @@ def _backward(network: MemoryMLP, s: _Chunk, t: _Inputs, gain, gr, gmaps: Tensor
 
 def _backward_advance(s: _Chunk, t: _Inputs, gmaps: Tensors, gt: _Inputs):
     """The maps after the chunk: gradients of x, d and the maps before it."""
-    keep, carry, keep_momentum = t.end[:, :, None, None].unbind(1)
-    scale, dtype, gx, gd, before = torch.stack([keep, keep_momentum], 1), t.k.dtype, [], [], []
+    dtype, gx, gd, before = t.k.dtype, [], [], []
     for i, (x, d, map, gmap) in enumerate(zip(s.x, s.d, s.maps, gmaps, strict=True)):
-        dots = torch.bmm(gmap.flatten(2), map.flatten(2).mT).flatten(1)
-        gt.end.add_(dots[:, [0, 1, 3]])
+        gt.transition.add_(torch.bmm(gmap.flatten(2), map.flatten(2).mT))
         operand = gmap.to(dtype).flatten(1, 2)
         gwide = torch.bmm(d, operand.mT).neg_()
         gd.append(torch.bmm(s.wide_x[i], operand).neg_())
@@ -191,8 +193,8 @@ def _backward_advance(s: _Chunk, t: _Inputs, gmaps: Tensors, gt: _Inputs):
         else:
             gt.wide_k.copy_(gwide)
             gx.append(gt.k)
-        gmap_before = gmap * scale
-        gmap_before[:, 1].addcmul_(gmap[:, 0], carry)
+        gmap_before = gmap * _diagonal(t.transition)
+        gmap_before[:, 1].addcmul_(gmap[:, 0], t.transition[:, 0, 1, None, None])
         before.append(gmap_before)
     return gx, gd, before
 

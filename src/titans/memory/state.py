@@ -135,23 +135,24 @@ class MemoryState(State):
     """A neural memory in the middle of a sequence: C is the chunk size, one entry of the tuples per linear map.
 
     Args:
-        weights, momentum: [B, H, d_in, d_out], as they were at the open chunk's first token.
+        maps: [B, H, 2, d_in, d_out], memory and momentum as they were at the open chunk's first token.
         inputs [B, H, C, d_in], signals [B, H, C, d_out]: inputs and gradients of the open chunk's tokens, then zeros.
-        gates: [B, H, C, 3], their (lr, log_momentum, log_retention), then zeros.
+        pending: [B, H, C, 2], weights of those gradients in memory and momentum as they stand now.
+        transition: [B, H, 2, 2], weights of the first memory and momentum in those that stand now.
         position: [B] int64, tokens read so far; ``position % C`` of them are in the open chunk.
         conv: [B, kernel - 1, channels], last inputs of a layer's short convolution (None for the bare memory).
     """
 
-    weights: tuple[Tensor, ...]
-    momentum: tuple[Tensor, ...]
+    maps: tuple[Tensor, ...]
     inputs: tuple[Tensor, ...]
     signals: tuple[Tensor, ...]
-    gates: Tensor
+    pending: Tensor
+    transition: Tensor
     position: Tensor
     conv: Tensor | None = None
 
     def __post_init__(self):
-        depths = {name: len(getattr(self, name)) for name in ("weights", "momentum", "inputs", "signals")}
+        depths = {name: len(getattr(self, name)) for name in ("maps", "inputs", "signals")}
         for name, depth in depths.items():
             if depth < max(depths.values()):
                 raise ValueError(_missing("MemoryState", f"{name}.{depth}"))
@@ -160,21 +161,36 @@ class MemoryState(State):
     def initial(cls, maps: Sequence[Tensor], batch: int, chunk_size: int) -> "MemoryState":
         """Before the first token: M_0 = ``maps`` (each [H, d_in, d_out]) for every row, no momentum."""
         H = maps[0].shape[0]
-        weights = tuple(w.unsqueeze(0).expand(batch, *w.shape) for w in maps)
 
         def zeros(*shape: int) -> Tensor:
-            return maps[0].new_zeros(batch, *shape)
+            return maps[0].new_zeros(batch, H, *shape)
 
         return cls(
-            weights=weights,
-            momentum=tuple(torch.zeros_like(w, memory_format=torch.contiguous_format) for w in weights),
-            inputs=tuple(zeros(H, chunk_size, w.shape[-2]) for w in maps),
-            signals=tuple(zeros(H, chunk_size, w.shape[-1]) for w in maps),
-            gates=zeros(H, chunk_size, 3),
+            maps=tuple(torch.stack([w, torch.zeros_like(w)], 1).expand(batch, -1, -1, -1, -1) for w in maps),
+            inputs=tuple(zeros(chunk_size, w.shape[-2]) for w in maps),
+            signals=tuple(zeros(chunk_size, w.shape[-1]) for w in maps),
+            pending=zeros(chunk_size, 2),
+            transition=torch.eye(2, dtype=maps[0].dtype, device=maps[0].device).expand(batch, H, 2, 2),
             position=torch.zeros(batch, dtype=torch.long, device=maps[0].device),
         )
 
     @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The memory [B, H, d_in, d_out] at the open chunk's first token."""
+        return tuple(m[:, :, 0] for m in self.maps)
+
+    @property
+    def momentum(self) -> tuple[Tensor, ...]:
+        """The momentum [B, H, d_in, d_out] at the open chunk's first token."""
+        return tuple(m[:, :, 1] for m in self.maps)
+
+    def since_start(self) -> Tensor:
+        """``transition``, its constants made sure of: the identity where no chunk is open, zero below the diagonal."""
+        same = torch.eye(2, dtype=self.transition.dtype, device=self.transition.device)
+        closed = (self.position % self.chunk_size == 0).view(-1, 1, 1, 1)
+        return torch.where(closed, same, self.transition.triu())
+
+    @property
     def chunk_size(self) -> int:
         """Tokens a chunk."""
-        return self.gates.shape[2]
+        return self.pending.shape[2]
