@@ -50,6 +50,7 @@ def test_gradcheck_of_a_carried_state(backend, info):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_gradcheck_with_recomputation(network, monkeypatch):
+    monkeypatch.setattr(scan, "KEPT", 2)
     monkeypatch.setattr(scan, "GROUP", 2)
     check(smooth(network, T=10), "chunked", False)
 

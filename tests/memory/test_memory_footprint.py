@@ -57,6 +57,7 @@ def state_bytes(case: Case) -> int:
 
 @pytest.fixture(autouse=True)
 def groups(monkeypatch):
+    monkeypatch.setattr(scan, "KEPT", 8)
     monkeypatch.setattr(scan, "GROUP", 8)
 
 

@@ -14,6 +14,7 @@ COUNTS = [1, GROUP - 1, GROUP, GROUP + 1, 2 * GROUP, 2 * GROUP + 3]
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch):
     """Short sequences reach several groups."""
+    monkeypatch.setattr(scan, "KEPT", GROUP)
     monkeypatch.setattr(scan, "GROUP", GROUP)
 
 

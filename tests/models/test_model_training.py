@@ -114,7 +114,7 @@ def falling(variant, dtype, T, steps, **sizes):
         assert loss.isfinite()
         assert norm.isfinite()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert all(p.isfinite().all() for p in model.parameters())
     assert losses[-1] < losses[0] - 0.05
     assert max(losses) < losses[0] + 0.2

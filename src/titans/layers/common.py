@@ -42,11 +42,13 @@ class ShortConvolution(nn.Module):
         """Output and new state; rows are left-aligned, ``lengths`` [B] of them real (None: all)."""
         T, tail = x.shape[1], self.size - 1
         padded = torch.cat([state.to(x.dtype), x], 1)
-        y = sum(padded[:, i : i + T] * w for i, w in enumerate(self.weight.unbind(0)))
+        y = padded[:, tail:] * self.weight[tail]
+        for i in range(tail):
+            y = torch.addcmul(y, padded[:, i : i + T], self.weight[i])
         if lengths is None:
-            return y, padded[:, T:]  # type: ignore[return-value]
+            return y, padded[:, T:]
         last = lengths.unsqueeze(1) + torch.arange(tail, device=x.device)
-        return y, take(padded, last)  # type: ignore[return-value]
+        return y, take(padded, last)
 
 
 class FeedForward(nn.Module):

@@ -15,7 +15,8 @@ from titans.memory.gates import chunk_masks
 from titans.memory.network import MemoryMLP
 
 Tensors = Sequence[Tensor]
-GROUP = 32  # chunks between two saved states; a longer run recomputes what lies between in its backward
+KEPT = 32  # chunks whose intermediate results are kept for the backward
+GROUP = 8  # in a longer run, chunks between two saved states; the backward recomputes what lies between
 
 
 def scan(
@@ -131,9 +132,10 @@ class _Scan(torch.autograd.Function):
     def forward(ctx, network: MemoryMLP, *tensors):  # type: ignore[override]
         inputs, gain, maps = _Inputs(*tensors[:9]), tensors[9], list(tensors[10:])
         out, starts, kept = torch.empty_like(inputs.k), [], []
-        needs, short = any(ctx.needs_input_grad), len(out) <= GROUP
+        needs, short = any(ctx.needs_input_grad), len(out) <= KEPT
+        ctx.group = len(out) if short else GROUP
         for c, t in enumerate(inputs.chunks()):
-            if needs and c % GROUP == 0:
+            if needs and c % ctx.group == 0:
                 starts.append(maps)
             out[c], maps, chunk = _forward(network, t, gain, maps)
             if needs and short:
@@ -151,9 +153,9 @@ class _Scan(torch.autograd.Function):
         ggain = None if gain is None else torch.zeros_like(gain)
         with torch.autocast(gout.device.type, enabled=False):  # as in the forward, wherever backward is called
             for g in reversed(range(len(ctx.starts))):
-                first = g * GROUP
+                first = g * ctx.group
                 # taken one by one to free them early; a second pass over the graph recomputes
-                kept = ctx.kept or _recompute(network, chunks[first : first + GROUP], gain, ctx.starts[g])
+                kept = ctx.kept or _recompute(network, chunks[first : first + ctx.group], gain, ctx.starts[g])
                 for c in reversed(range(first, first + len(kept))):
                     gt = _Inputs(*(grad[c] for grad in grads))
                     gmaps = _backward(network, kept.pop(), chunks[c], gain, gout[c], gmaps, gt, ggain)
