@@ -30,8 +30,8 @@ class MACState(State):
 class MAC(Block):
     """Attention over ``[P | h | segment]`` with h read from the memory of earlier segments; what it finds is written.
 
-    Read literally, the paper would leak the future twice: here token i sees memory tokens h_j for j <= i only, and
-    eq. 25 reads the memory as it stands at token i.
+    Attention is a residual layer: y is the token and what was found for it. Read literally, the paper would leak the
+    future twice: here token i sees memory tokens h_j for j <= i only, and eq. 25 reads the memory as it stands at token i.
 
     Args:
         memory: the neural memory, whose ``dim`` is the block's.
@@ -63,7 +63,7 @@ class MAC(Block):
         for piece, s in zip(cut.pieces, cut.split(x), strict=True):
             h = self.memory.read(s, maps)  # eq. 21
             found, held = self.attention(s, h, held, piece, self.persistent)
-            y = s + found  # eqs. 22, 23, with the residual: the memory is written with the token, not with a mean alone
+            y = s + found  # eqs. 22, 23
             m, memory = self.memory(y, memory, prefix_mask(y, piece.valid))  # eq. 24
             outs.append(self.gate(y, m))  # eq. 25
             if piece.closes is not False:

@@ -20,7 +20,7 @@ class MAGState(State):
 
 
 class MAG(Block):
-    """``o = SW-Attn([P | x]) (x) M([P | x])``.
+    """``y = x + SW-Attn([P | x])``, ``o = y (x) M([P | x])``.
 
     Args:
         memory: the neural memory, whose ``dim`` is the block's.
@@ -43,6 +43,6 @@ class MAG(Block):
         return MAGState(self.memory.after(self.persistent, batch), self.attention.initial_state(batch))
 
     def mix(self, x: Tensor, state: MAGState, lengths: Tensor | None) -> tuple[Tensor, MAGState]:
-        y, window = self.attention(x, state.attention, lengths, self.persistent)  # eq. 27
+        found, window = self.attention(x, state.attention, lengths, self.persistent)  # eq. 27
         m, memory = self.memory(x, state.memory, prefix_mask(x, lengths))
-        return self.gate(x + y, m), MAGState(memory, window)  # eq. 28, with a residual in the attention
+        return self.gate(x + found, m), MAGState(memory, window)  # eq. 28
