@@ -31,7 +31,8 @@ class MAC(Block):
     """Attention over ``[P | h | segment]`` with h read from the memory of earlier segments; what it finds is written.
 
     Attention is a residual layer: y is the token and what was found for it. Read literally, the paper would leak the
-    future twice: here token i sees memory tokens h_j for j <= i only, and eq. 25 reads the memory as it stands at token i.
+    future twice: here token i sees memory tokens h_j for j <= i only, and eq. 25 reads the memory as it stands at
+    token i.
 
     Args:
         memory: the neural memory, whose ``dim`` is the block's.
