@@ -122,3 +122,11 @@ def _known(name: str, given, valid) -> None:
     for value in given:
         if value not in valid:
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(valid)}")
+
+
+def titans_pytorch() -> Any:
+    """The package of that peer; ImportError with the mend if it is not there."""
+    try:
+        return importlib.import_module("titans_pytorch")
+    except ImportError as error:
+        raise ImportError("titans-pytorch is not installed; pip install titans-pytorch==0.5.5") from error

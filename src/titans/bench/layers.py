@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans.bench.case import Case, Subject
+from titans.bench.case import titans_pytorch as peer
 
 
 def subject(case: Case, layer: nn.Module, call: Callable[[Tensor], Tensor], check=None) -> Subject:
@@ -70,12 +71,8 @@ def check_memory(network: Any, head_dim: int, chunk_size: int) -> None:
 
 def titans_pytorch(case: Case) -> Subject:
     """titans-pytorch 0.5.5 at its own true per-chunk updates (`batch_size=chunk_size`)."""
-    try:
-        from titans_pytorch import NeuralMemory
-    except ImportError as error:
-        raise ImportError("titans-pytorch is not installed; pip install titans-pytorch==0.5.5") from error
     s = case.sizes
-    layer = NeuralMemory(
+    layer = peer().NeuralMemory(
         dim=s["dim"], chunk_size=s["chunk_size"], batch_size=s["chunk_size"], dim_head=s["head_dim"], heads=s["heads"],
         default_model_kwargs={"depth": s["depth"], "expansion_factor": float(s["expansion"])},
     )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from titans.bench.case import Case, Subject
+from titans.bench.case import titans_pytorch as peer
 
 VARIANTS = ("mac", "mag", "mal", "lmm")
 STREAM_TOKENS, STREAM_PIECE, DECODE_TOKENS = 65_536, 4_096, 64
@@ -106,12 +107,8 @@ def decode(case: Case) -> Subject:
 
 def decode_titans_pytorch(case: Case) -> Subject:
     """titans-pytorch's MAC with its own cached sampling; reading the prompt is not timed."""
-    try:
-        from titans_pytorch import MemoryAsContextTransformer
-    except ImportError as error:
-        raise ImportError("titans-pytorch is not installed; pip install titans-pytorch==0.5.5") from error
     s = case.sizes
-    net = MemoryAsContextTransformer(
+    net = peer().MemoryAsContextTransformer(
         num_tokens=258, dim=s["hidden_size"], depth=s["num_hidden_layers"], segment_len=s["reach"],
         heads=s["num_attention_heads"], dim_head=s["hidden_size"] // s["num_attention_heads"],
     ).eval()  # fmt: skip

@@ -144,7 +144,7 @@ class MemoryMLP:
         offset = _at_least_float32(k) - _at_least_float32(v) if self.residual else -_at_least_float32(v)
         return offset if affine is None else offset + affine[1]
 
-    def _error(self, out: Tensor, gain: Tensor | None, offset: Tensor, norm: tuple[Tensor, ...]) -> Tensor:
+    def _error(self, out: Tensor, gain: Tensor | None, offset: Tensor, norm: Sequence[Tensor]) -> Tensor:
         unit = norm[0] if self.norm else _at_least_float32(out)
         return offset + unit if gain is None else torch.addcmul(offset, unit, gain)
 
@@ -158,7 +158,7 @@ class MemoryMLP:
         return grad.to(out.dtype), norm
 
     def output_signal_backward(
-        self, out: Tensor, gain: Tensor | None, offset: Tensor, norm: tuple[Tensor, ...], signal: Tensor,
+        self, out: Tensor, gain: Tensor | None, offset: Tensor, norm: Sequence[Tensor], signal: Tensor,
         gsignal: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         """Gradients of out, offset [G, T, D] and gain [G, 1, D] from that of ``output_signal``'s first result."""
@@ -179,7 +179,7 @@ class MemoryMLP:
         return gout.to(out.dtype), gerror, ggain
 
     @staticmethod
-    def _norm_backward(grad: Tensor, out: Tensor, norm: tuple[Tensor, ...]) -> Tensor:
+    def _norm_backward(grad: Tensor, out: Tensor, norm: Sequence[Tensor]) -> Tensor:
         mean, rstd = norm[1:]
         return torch.ops.aten.native_layer_norm_backward(
             grad, out, out.shape[-1:], mean, rstd, None, None, [True, False, False]
