@@ -5,20 +5,18 @@ outputs of the XX
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from titans.memory.gates import chunk_masks
 from titans.memory.network import MemoryMLP
 
 Tensors = Sequence[Tensor]
 KEPT = 32  # chunks whose intermediate results are kept for the backward
-GROUP = 8  # a longer run goes in groups of so many chunks, whose forward the backward repeats
+GROUP = 8  # in a longer run, chunks between two saved states; the backward recomputes what lies between
 
 
 def scan(
@@ -33,21 +31,6 @@ def scan(
     Returns:
         out [G, n * chunk_size, D], and the maps at the end.
     """
-    if q.shape[1] <= KEPT * chunk_size:
-        return _run(q, k, v, gates, affine, network, chunk_size, *maps)
-    outs, end = [], list(maps)
-    for part in zip(*(t.split(GROUP * chunk_size, 1) for t in (q, k, v, gates)), strict=True):
-        run = partial(_run, *part, affine, network, chunk_size)
-        if torch.is_grad_enabled():
-            out, end = checkpoint(run, *end, use_reentrant=False, preserve_rng_state=False)  # type: ignore[misc]
-        else:
-            out, end = run(*end)
-        outs.append(out)
-    return torch.cat(outs, 1), end
-
-
-def _run(q, k, v, gates, affine, network: MemoryMLP, chunk_size: int, *maps: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Whole chunks without recomputation."""
     q_, k_, offset, g_ = (
         t.unflatten(1, (-1, chunk_size)).transpose(0, 1).contiguous()
         for t in (q, k, network.offset(k, v, affine), gates)
@@ -97,7 +80,7 @@ class _Chunk(NamedTuple):
     wide_h: list[Tensor]
     raw_scores: list[Tensor]  # before the mask; of the maps after the first
     scores: list[Tensor]
-    norm: Sequence[Tensor]
+    norm: tuple[Tensor, ...]
 
 
 class _Inputs(NamedTuple):
@@ -148,29 +131,43 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, network: MemoryMLP, *tensors):  # type: ignore[override]
         inputs, gain, maps = _Inputs(*tensors[:9]), tensors[9], list(tensors[10:])
-        out, kept = torch.empty_like(inputs.k), []
+        out, starts, kept = torch.empty_like(inputs.k), [], []
+        needs, short = any(ctx.needs_input_grad), len(out) <= KEPT
+        ctx.group = len(out) if short else GROUP
         for c, t in enumerate(inputs.chunks()):
+            if needs and c % ctx.group == 0:
+                starts.append(maps)
             out[c], maps, chunk = _forward(network, t, gain, maps)
-            if any(ctx.needs_input_grad):
-                kept += [tensor for field in chunk for tensor in field]
-                ctx.fields = [len(field) for field in chunk]
-        ctx.network = network
-        ctx.save_for_backward(*tensors[:10], *kept)
+            if needs and short:
+                kept.append(chunk)
+        ctx.network, ctx.starts, ctx.kept = network, starts, kept
+        ctx.save_for_backward(*tensors)
         return (out, *maps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gout, *gmaps):  # type: ignore[override]
-        tensors = ctx.saved_tensors
-        inputs, gain, kept = _Inputs(*tensors[:9]), tensors[9], iter(tensors[10:])
+        network, tensors = ctx.network, ctx.saved_tensors
+        inputs, gain = _Inputs(*tensors[:9]), tensors[9]
         chunks, grads = inputs.chunks(), _Inputs(*(torch.zeros_like(t) for t in inputs))
         ggain = None if gain is None else torch.zeros_like(gain)
-        results = [_Chunk(*([next(kept) for _ in range(n)] for n in ctx.fields)) for _ in chunks]
         with torch.autocast(gout.device.type, enabled=False):  # as in the forward, wherever backward is called
-            for c in reversed(range(len(chunks))):
-                gt = _Inputs(*(grad[c] for grad in grads))
-                gmaps = _backward(ctx.network, results[c], chunks[c], gain, gout[c], gmaps, gt, ggain)
+            for g in reversed(range(len(ctx.starts))):
+                first = g * ctx.group
+                # taken one by one to free them early; a second pass over the graph recomputes
+                kept = ctx.kept or _recompute(network, chunks[first : first + ctx.group], gain, ctx.starts[g])
+                for c in reversed(range(first, first + len(kept))):
+                    gt = _Inputs(*(grad[c] for grad in grads))
+                    gmaps = _backward(network, kept.pop(), chunks[c], gain, gout[c], gmaps, gt, ggain)
         return (None, *grads, ggain, *gmaps)
+
+
+def _recompute(network: MemoryMLP, inputs: list[_Inputs], gain, maps: Tensors) -> list[_Chunk]:
+    chunks = []
+    for t in inputs:
+        _, maps, chunk = _forward(network, t, gain, maps)
+        chunks.append(chunk)
+    return chunks
 
 
 def _backward(network: MemoryMLP, s: _Chunk, t: _Inputs, gain, gr, gmaps: Tensors, gt: _Inputs, ggain) -> list[Tensor]:
