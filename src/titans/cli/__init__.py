@@ -19,7 +19,7 @@ commands:
 {chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
 
 examples:
-  titans train                                  about three minutes on two cores
+  titans train                                  three to four minutes on two cores
   titans train --data my_texts/ --output runs/mine
   titans generate runs/mine --prompt "def main("
   titans eval language runs/mine --data other.txt
