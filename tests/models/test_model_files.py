@@ -115,7 +115,7 @@ def test_autocast(variant):
     for state in memories(out.past_key_values):
         assert {t.dtype for t in (*state.maps, state.pending, state.transition)} == {torch.float32}
     assert abs((out.loss - exact.loss).item()) < 0.05 * exact.loss.item()
-    assert torch.cosine_similarity(got, expected, 0) > 0.9
+    assert torch.cosine_similarity(got, expected, 0) > (0.94 if variant == "mac" else 0.95)
 
 
 @variants

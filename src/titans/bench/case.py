@@ -124,8 +124,8 @@ def _known(name: str, given, valid) -> None:
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(valid)}")
 
 
-def titans_pytorch() -> Any:
-    """The package of that peer; ImportError with the mend if it is not there."""
+def load_peer() -> Any:
+    """The package titans-pytorch; ImportError with the mend if it is not there."""
     try:
         return importlib.import_module("titans_pytorch")
     except ImportError as error:

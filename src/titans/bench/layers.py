@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans.bench.case import Case, Subject
-from titans.bench.case import titans_pytorch as peer
+from titans.bench.case import Case, Subject, load_peer
 
 
 def subject(case: Case, layer: nn.Module, call: Callable[[Tensor], Tensor], check=None) -> Subject:
@@ -46,7 +45,7 @@ def titans(case: Case) -> Subject:
 
 
 def check_memory(network: Any, head_dim: int, chunk_size: int) -> None:
-    """The backend that is timed against the reference, outputs and gradients, on one chunk and a bit (float64)."""
+    """The backend that is timed against the reference, outputs and gradients, two chunks and a token (float64)."""
     from titans.memory import neural_memory
 
     generator = torch.Generator().manual_seed(0)
@@ -72,7 +71,7 @@ def check_memory(network: Any, head_dim: int, chunk_size: int) -> None:
 def titans_pytorch(case: Case) -> Subject:
     """titans-pytorch 0.5.5 at its own true per-chunk updates (`batch_size=chunk_size`)."""
     s = case.sizes
-    layer = peer().NeuralMemory(
+    layer = load_peer().NeuralMemory(
         dim=s["dim"], chunk_size=s["chunk_size"], batch_size=s["chunk_size"], dim_head=s["head_dim"], heads=s["heads"],
         default_model_kwargs={"depth": s["depth"], "expansion_factor": float(s["expansion"])},
     )  # fmt: skip
@@ -100,7 +99,8 @@ def matmul(case: Case) -> Subject:
     inner, chunks = s["heads"] * s["head_dim"], -(-case.length // s["chunk_size"])
 
     def pair(batch: int, m: int, k: int, n: int) -> tuple[Tensor, Tensor]:
-        return tuple(torch.randn(batch, *shape, device=case.device).to(dtype) for shape in ((m, k), (k, n)))  # type: ignore
+        left, right = (torch.randn(batch, *shape, device=case.device) for shape in ((m, k), (k, n)))
+        return left.to(dtype), right.to(dtype)
 
     products = []  # (a, b, times)
     for index, (d, h) in enumerate(MemoryMLP(depth=s["depth"], expansion=s["expansion"]).shapes(s["head_dim"])):

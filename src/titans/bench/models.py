@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from titans.bench.case import Case, Subject
-from titans.bench.case import titans_pytorch as peer
+from titans.bench.case import Case, Subject, load_peer
 
 VARIANTS = ("mac", "mag", "mal", "lmm")
 STREAM_TOKENS, STREAM_PIECE, DECODE_TOKENS = 65_536, 4_096, 64
@@ -106,9 +105,9 @@ def decode(case: Case) -> Subject:
 
 
 def decode_titans_pytorch(case: Case) -> Subject:
-    """titans-pytorch's MAC with its own cached sampling; reading the prompt is not timed."""
+    """titans-pytorch's MAC with its own cached sampling, which reads the prompt anew in every repetition."""
     s = case.sizes
-    net = peer().MemoryAsContextTransformer(
+    net = load_peer().MemoryAsContextTransformer(
         num_tokens=258, dim=s["hidden_size"], depth=s["num_hidden_layers"], segment_len=s["reach"],
         heads=s["num_attention_heads"], dim_head=s["hidden_size"] // s["num_attention_heads"],
     ).eval()  # fmt: skip
