@@ -76,7 +76,7 @@ def test_gates_at_their_limits(limit, info):
 @pytest.mark.parametrize("network", ["default", "depth1", "depth4", "plain", "relu"])
 def test_float32(network, info):
     """float32 against the float64 reference: rounding is all that may differ (depth 4 is chaotic at larger steps)."""
-    case = make(OPTIONS[network], T=40, C=C, dtype=torch.float32, lr=0.02 if network != "depth4" else 0.0005)
+    case = make(OPTIONS[network], T=40, C=C, dtype=torch.float32, lr=0.02 if network != "depth4" else 0.001)
     exact = gradients(case.to(torch.float64), "reference", info=info)
     for got, expected in zip(gradients(case, info=info), exact, strict=True):
         assert_equal(got, expected, EQUAL[torch.float32])
