@@ -6,7 +6,7 @@ from layer_cases import CASES, DIM, LAYERS, SIZES, build, run, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from titans.layers import MAC, MAG, MAL, NeuralMemory
-from titans.memory import MemoryMLP, scan
+from titans.memory import MemoryMLP, pieces
 
 NETWORKS = {"default": MemoryMLP(), "depth 1": MemoryMLP(depth=1), "depth 4": MemoryMLP(depth=4, expansion=2),
             "plain": MemoryMLP(residual=False, norm=False)}  # fmt: skip
@@ -71,8 +71,7 @@ def test_gradients_are_right(name, gate):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "with backward"])
 def test_work_per_token_does_not_grow(name, backward, monkeypatch):
     """FLOPs of four times the tokens are four times as many (both lengths long enough for recomputation)."""
-    monkeypatch.setattr(scan, "KEPT", 8)
-    monkeypatch.setattr(scan, "GROUP", 8)
+    monkeypatch.setattr(pieces, "PIECE", 16)
     layer, counts = build(name, "4 in 8", torch.float32), []
     for T in (64, 256):
         with FlopCounterMode(display=False) as counter:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from memory_cases import MASKS, OPTIONS, PATHS, assert_equal, assert_same, gradients, make
-from tolerances import EQUAL
+from tolerances import EQUAL, LOW_PRECISION, error
 
 C = 16
 
@@ -75,8 +75,12 @@ def test_gates_at_their_limits(limit, info):
 @paths
 @pytest.mark.parametrize("network", ["default", "depth1", "depth4", "plain", "relu"])
 def test_float32(network, info):
-    """float32 against the float64 reference: rounding is all that may differ (depth 4 is chaotic at larger steps)."""
-    case = make(OPTIONS[network], T=40, C=C, dtype=torch.float32, lr=0.02 if network != "depth4" else 0.001)
+    """float32 against the float64 reference: within 1e-5, or twice the rounding of the float32 reference itself (what
+    depth 4 makes of a rounding is chaotic at larger steps)."""
+    case = make(OPTIONS[network], T=40, C=C, dtype=torch.float32, lr=0.02 if network != "depth4" else 0.005)
     exact = gradients(case.to(torch.float64), "reference", info=info)
-    for got, expected in zip(gradients(case, info=info), exact, strict=True):
-        assert_equal(got, expected, EQUAL[torch.float32])
+    rounded = gradients(case, "reference", info=info)
+    for got, expected, plain in zip(gradients(case, info=info), exact, rounded, strict=True):
+        for name in expected:
+            bound = max(EQUAL[torch.float32], LOW_PRECISION * error(plain[name], expected[name]))
+            assert_equal(got[name], expected[name], bound, name)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from memory_cases import OPTIONS, PATHS, make
 
-from titans.memory import scan
+from titans.memory import pieces
 
 NETWORKS = ["default", "depth1", "depth3", "depth4", "silu", "no residual", "no norm"]
 
@@ -50,8 +50,7 @@ def test_gradcheck_of_a_carried_state(backend, info):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_gradcheck_with_recomputation(network, monkeypatch):
-    monkeypatch.setattr(scan, "KEPT", 2)
-    monkeypatch.setattr(scan, "GROUP", 2)
+    monkeypatch.setattr(pieces, "PIECE", 4)
     check(smooth(network, T=10), "chunked", False)
 
 

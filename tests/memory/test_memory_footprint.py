@@ -1,4 +1,4 @@
-"""Memory that training needs: states at group starts only, never weights for every chunk (trap 8)."""
+"""Memory that training needs: states at the starts of pieces only, never weights for every chunk (trap 8)."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from titans.memory import scan
+from titans.memory import pieces
 
 C = 4
 NETWORK = OPTIONS["plain"]
@@ -56,21 +56,20 @@ def state_bytes(case: Case) -> int:
 
 
 @pytest.fixture(autouse=True)
-def groups(monkeypatch):
-    monkeypatch.setattr(scan, "KEPT", 8)
-    monkeypatch.setattr(scan, "GROUP", 8)
+def short_pieces(monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE", 8 * C)
 
 
-def test_states_are_kept_at_group_starts_only():
-    """Between two long runs, the difference a chunk is far from one state a chunk; it is one state a group."""
+def test_states_are_kept_at_the_starts_of_pieces_only():
+    """Between two long runs, the difference a chunk is far from one state a chunk; it is one state a piece."""
     few, many = long(32), long(96)
     (held_few, peak_few), (held_many, peak_many) = train(few), train(many)
     state = state_bytes(many)
     tokens = sum(x[:, : 64 * C].numel() for x in many.inputs) * 4
-    group_starts = 64 / 8 * state
-    assert held_many - held_few <= group_starts + 12 * tokens
-    assert peak_many - peak_few <= group_starts + 20 * tokens
-    assert group_starts + 20 * tokens < 0.5 * 64 * state, "the bounds would otherwise allow one state a chunk"
+    piece_starts = 64 / 8 * state
+    assert held_many - held_few <= piece_starts + 12 * tokens
+    assert peak_many - peak_few <= piece_starts + 20 * tokens
+    assert piece_starts + 20 * tokens < 0.5 * 64 * state, "the bounds would otherwise allow one state a chunk"
 
 
 def test_nothing_is_held_without_autograd():

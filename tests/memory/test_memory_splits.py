@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from memory_cases import MASKS, OPTIONS, PATHS, assert_equal, gradients, in_pieces, make, results
 
 from titans.memory import MemoryState
+from titans.memory.state import hold
 
 paths = pytest.mark.parametrize("info", PATHS.values(), ids=PATHS.keys())
 T = 23
@@ -79,7 +80,7 @@ def test_nothing_in_the_state_is_superfluous(piece):
     case = make(T=13)
     state = case.tokens(0, 6).run()[1]
     if piece == "momentum":
-        piece, empty = "maps", tuple(torch.stack([w, torch.zeros_like(w)], 2) for w in state.weights)
+        piece, empty = "maps", hold(state.weights, [torch.zeros_like(w) for w in state.weights], 2)
     else:
         value = getattr(state, piece)
         empty = tuple(map(torch.zeros_like, value)) if isinstance(value, tuple) else torch.zeros_like(value)

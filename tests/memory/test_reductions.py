@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from memory_cases import OPTIONS, assert_equal, make
 
+from titans.memory.state import hold
+
 BACKENDS = [("reference", True), ("chunked", True), ("chunked", False)]
 backends = pytest.mark.parametrize(("backend", "info"), BACKENDS, ids=["reference", "chunked", "scan"])
 MINUS_INFINITY = -torch.inf
@@ -87,7 +89,7 @@ def test_lr_zero_writes_exactly_nothing(backend, info, momentum):
     """Float32, and a memory in the middle of its life: weights and momentum keep every bit over many tokens."""
     case = make(T=8 + 64, dtype=torch.float32)
     _, state, _ = case.tokens(0, 8).run()
-    maps = tuple(torch.stack([w, torch.zeros_like(w)], 2) for w in state.weights)
+    maps = hold(state.weights, [torch.zeros_like(w) for w in state.weights], 2)
     state = type(state)(**{**vars(state), "maps": maps})
     still = gates(case.tokens(8), lr=0.0, log_retention=0.0, log_momentum=momentum)
     end = still.run(backend, state, info=info)[1]

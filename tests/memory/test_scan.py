@@ -1,21 +1,21 @@
-"""Runs of whole chunks: the hand-written backward of ``memory/scan.py``, with and without recomputation."""
+"""Runs of whole chunks: the hand-written backward of ``memory/scan.py``, in short calls and in pieces of long ones."""
 
 import pytest
 import torch
 from memory_cases import MASKS, OPTIONS, assert_equal, assert_same, gradients, in_pieces, make, results
 from tolerances import EQUAL
 
-from titans.memory import scan
+from titans.memory import pieces, scan
 
 GROUP, C = 4, 2
+PIECE = GROUP * C // 2
 COUNTS = [1, GROUP - 1, GROUP, GROUP + 1, 2 * GROUP, 2 * GROUP + 3]
 
 
 @pytest.fixture(autouse=True)
-def small_groups(monkeypatch):
-    """Short sequences reach several groups."""
-    monkeypatch.setattr(scan, "KEPT", GROUP)
-    monkeypatch.setattr(scan, "GROUP", GROUP)
+def short_pieces(monkeypatch):
+    """More than GROUP chunks are long."""
+    monkeypatch.setattr(pieces, "PIECE", PIECE)
 
 
 @pytest.fixture
@@ -33,11 +33,14 @@ def calls(monkeypatch):
 
 @pytest.mark.parametrize("carried", [0, 2 * C, 1], ids=["M_0", "closed chunk", "open chunk"])
 @pytest.mark.parametrize("chunks", COUNTS)
-def test_chunks_on_both_sides_of_a_group(chunks, carried, calls):
+def test_chunks_on_both_sides_of_a_piece(chunks, carried, calls):
     case = make(T=chunks * C + carried, C=C)
     state = case.tokens(0, carried).run()[1] if carried else None
     assert_same(case.tokens(carried), state, info=False)
-    assert calls == [chunks - 1 if carried == 1 else chunks] * (chunks > 1 or carried != 1)
+    size = PIECE if chunks > GROUP else chunks * C
+    lengths = [min(size, chunks * C - start) for start in range(0, chunks * C, size)]
+    forward = [n for n in ((length - carried % C) // C for length in lengths) if n]
+    assert calls == (forward + forward[::-1] if chunks > GROUP else forward)
 
 
 @pytest.mark.parametrize("network", OPTIONS)
@@ -64,7 +67,7 @@ def test_default_gain_and_bias_are_ones_and_zeros():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_same_as_chunk_by_chunk(dtype):
-    """Both paths of the chunked backend give the same numbers at a size that reaches several groups."""
+    """Both paths of the chunked backend give the same numbers at a size that takes several pieces."""
     case = make(B=2, T=10 * 16 + 5, D=8, C=16, dtype=dtype, lr=0.005)
     slow, fast = gradients(case.on(), info=True)[0], gradients(case.on(), info=False)[0]
     assert_equal(fast, {name: slow[name] for name in fast}, EQUAL[dtype])

@@ -42,9 +42,11 @@ class ShortConvolution(nn.Module):
         """Output and new state; rows are left-aligned, ``lengths`` [B] of them real (None: all)."""
         T, tail = x.shape[1], self.size - 1
         padded = torch.cat([state.to(x.dtype), x], 1)
-        y = padded[:, tail:] * self.weight[tail]
-        for i in range(tail):
-            y = torch.addcmul(y, padded[:, i : i + T], self.weight[i])
+        if T == 0:
+            return x, padded
+        # a depthwise convolution over [B, channels, 1, T], channels last: nothing is moved
+        kernel = self.weight.t().view(self.channels, 1, 1, self.size)
+        y = F.conv2d(padded.mT.unsqueeze(2), kernel, groups=self.channels).squeeze(2).mT
         if lengths is None:
             return y, padded[:, T:]
         last = lengths.unsqueeze(1) + torch.arange(tail, device=x.device)

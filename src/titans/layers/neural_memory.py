@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from titans.layers.common import ShortConvolution, require_finite
 from titans.memory import MemoryMLP, MemoryState, neural_memory
-from titans.memory.pieces import align, check_mask, take
+from titans.memory.pieces import align, check_mask, in_pieces, is_long, take
 
 GATES = ("sigmoid", "write")
 
@@ -114,28 +114,41 @@ class NeuralMemory(nn.Module):
             raise ValueError(f"x must be [batch, length, dim={self.dim}], got {list(x.shape)}")
         mask = check_mask(mask, *x.shape[:2])
         require_finite(x, mask)
-        lengths = undo = None
+        undo = None
         if mask is not None:
-            index, lengths, undo = align(mask)
+            index, _, undo = align(mask)
             mask = take(mask, index)
             x = take(x, index).masked_fill(~mask.unsqueeze(-1), 0)
         state = self.initial_state(x.shape[0]) if state is None else state
 
-        qkv, conv = self.conv(self.qkv_proj(x), state.conv, lengths)
-        q, k, v = F.silu(qkv).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)
-        lr, log_momentum, log_retention = self.gates(x)
-        y, state, *info = neural_memory(
-            _unit(q), _unit(k), v, lr, log_momentum, log_retention, tuple(self.weights), network=self.network,
-            chunk_size=self.chunk_size, state=state, mask=mask, backend=self.backend, return_info=return_info,
-        )  # type: ignore[misc]  # fmt: skip
-        y, state = self._output(y, x), replace(state, conv=conv)
+        parts = self.qkv_proj(x), self.gates_proj(x), self.out_gate(x), mask
+        seen: dict[str, Tensor] = {}
+        if return_info or not is_long(x.shape[1]):
+            y, state = self._read(*parts, state, seen if return_info else None)
+        else:
+            y, state = in_pieces(self._read, parts, state, self.chunk_size)
+        y = self.out_proj(y)
         if undo is not None:
-            y = take(y, undo)
-        if not return_info:
-            return y, state
-        seen = {"lr": lr, "momentum": log_momentum.exp(), "forget": -torch.expm1(log_retention)}
-        seen = {**info[0]._asdict(), **seen}
-        return y, state, seen if undo is None else {name: take(t, undo) for name, t in seen.items()}
+            y, seen = take(y, undo), {name: take(t, undo) for name, t in seen.items()}
+        return (y, state, seen) if return_info else (y, state)
+
+    def _read(
+        self, qkv: Tensor, gates: Tensor, out_gate: Tensor, mask: Tensor | None, state: MemoryState,
+        seen: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, MemoryState]:  # fmt: skip
+        """What lies between the projections, rows left-aligned; fills ``seen`` if it is given."""
+        qkv, conv = self.conv(qkv, state.conv, None if mask is None else mask.sum(1))
+        qk, v = F.silu(qkv).unflatten(-1, (3, self.heads, self.head_dim)).split((2, 1), 2)
+        (q, k), v = _unit(qk).unbind(2), v.squeeze(2)
+        lr, log_momentum, log_retention = self._gates(gates)
+        y, state, *info = neural_memory(
+            q, k, v, lr, log_momentum, log_retention, tuple(self.weights), network=self.network,
+            chunk_size=self.chunk_size, state=state, mask=mask, backend=self.backend, return_info=seen is not None,
+        )  # type: ignore[misc]  # fmt: skip
+        if seen is not None:
+            seen |= {"lr": lr, "momentum": log_momentum.exp(), "forget": -torch.expm1(log_retention)}
+            seen |= info[0]._asdict()
+        return self._output(y, out_gate), replace(state, conv=conv)
 
     def read(self, x: Tensor, maps: tuple[Tensor, ...]) -> Tensor:
         """Asks a memory that stands still: M*(x W_Q), eq. 21; no write, no convolution (its window is the write's).
@@ -147,19 +160,22 @@ class NeuralMemory(nn.Module):
         q = _unit(F.silu(F.linear(x, w_q)).unflatten(-1, (self.heads, self.head_dim)))
         affine = [a.to(q.dtype) for a in self.weights[self.network.depth :]]
         y = self.network.apply((*(w.to(q.dtype) for w in maps), *affine), q.transpose(1, 2))
-        return self._output(y.transpose(1, 2), x)
+        return self.out_proj(self._output(y.transpose(1, 2), self.out_gate(x)))
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """theta, log eta and log(1 - alpha) [B, T, heads], float32 (float64 for float64)."""
-        z = self.gates_proj(x).unflatten(-1, (3, self.heads))
+        return self._gates(self.gates_proj(x))
+
+    def _gates(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z = z.unflatten(-1, (3, self.heads))
         write, momentum, forget = (z if z.dtype == torch.float64 else z.float()).unbind(2)
         if self.gate == "sigmoid":
             return self.max_lr * torch.sigmoid(write), F.logsigmoid(momentum), F.logsigmoid(-forget)
         g = F.hardsigmoid(write)
         return self.max_lr * g, F.logsigmoid(momentum), torch.log1p(-torch.sigmoid(forget) * g)
 
-    def _output(self, y: Tensor, x: Tensor) -> Tensor:
-        return self.out_proj(self.out_norm(y).flatten(-2) * F.silu(self.out_gate(x)))
+    def _output(self, y: Tensor, gate: Tensor) -> Tensor:
+        return self.out_norm(y).flatten(-2) * F.silu(gate)
 
 
 def _unit(x: Tensor) -> Tensor:

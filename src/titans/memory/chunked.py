@@ -8,7 +8,7 @@ from torch import Tensor
 from titans.memory.gates import chunk_masks
 from titans.memory.network import MemoryMLP, safe_sqrt
 from titans.memory.pieces import Cut
-from titans.memory.scan import advance, read, scan, widen
+from titans.memory.scan import advance, factors, narrow, scan, weights_of, widen
 from titans.memory.state import MemoryState
 
 Tensors = Sequence[Tensor]
@@ -33,29 +33,26 @@ def chunked(
     """
     B, T, H, _ = q.shape
     C, L, dtype = state.chunk_size, network.depth, q.dtype
-    G = B * H  # every memory by itself: [B, T, H, ...] becomes [G, T, ...]
-
-    cut = Cut(
-        state.position.repeat_interleave(H), None if lengths is None else lengths.repeat_interleave(H), T, C, not info
-    )
-    split = [cut.split(x.transpose(1, 2).flatten(0, 1)) for x in (q, k, v, gates)]
-    flat = _flat(state)
+    cut = Cut(state.position, lengths, T, C, not info)
+    flat = _flat(state)  # every memory by itself: [B, H, ...] becomes [G, ...]
     maps, pending = list(flat.maps), flat.pending
     start = [*flat.inputs, *flat.signals]
     held: Sequence[Tensor | None] = start  # the open chunk; None stands for zeros
-    nothing, same = torch.zeros_like(pending), torch.eye(2, dtype=gates.dtype, device=q.device).expand(G, 2, 2)
+    nothing, same = torch.zeros_like(pending), torch.eye(2, dtype=gates.dtype, device=q.device).expand(B * H, 2, 2)
     transition = state.since_start().flatten(0, 1)
     norm = (affine[0].repeat(B, 1).unsqueeze(1), affine[1].repeat(B, 1).unsqueeze(1)) if affine else None
 
     outs, surprises, losses = [], [], []
-    for piece, q_, k_, v_, gates_ in zip(cut.pieces, *split, strict=True):
+    for piece, *tokens in zip(cut.pieces, *(cut.split(x) for x in (q, k, v, gates)), strict=True):
         if not info and piece.is_whole(C):
-            out, maps = scan(q_, k_, v_, gates_, maps, norm, network, C)
+            out, maps = scan(*tokens, maps, norm, network, C)
             outs.append(out)
             held, pending, transition = [None for _ in held], nothing, same
             continue
+        piece = piece.repeat(H)
+        q_, k_, v_, gates_ = (t.transpose(1, 2).flatten(0, 1) for t in tokens)
         operands = [m.to(dtype) for m in maps]
-        x, d, loss = network.trace([m[:, 0] for m in operands], norm, k_, v_)
+        x, d, loss = network.trace([weights_of(i, m) for i, m in enumerate(operands)], norm, k_, v_)
         if info:
             surprises.append(_surprise(x, d, loss.dtype))
             losses.append(loss)
@@ -64,7 +61,8 @@ def chunked(
         masks = chunk_masks(piece.blank(gates_), piece.last)
         # tokens before this piece: their gradients fade with the memory and the momentum that hold them
         write = piece.place(masks.write.mT, pending @ masks.read.mT, C).mT
-        outs.append(network.forward(q_, _reader(operands, x, d, write, masks.read @ transition), norm))
+        out = network.forward(q_, _reader(operands, x, d, write, masks.read @ transition), norm)
+        outs.append(out.unflatten(0, (B, H)).transpose(1, 2))
         pending = piece.where_read(piece.place(masks.to_state, pending @ masks.transition.mT, C), pending)
         transition = piece.where_read(masks.transition @ transition, transition)
         if piece.closes is not False:
@@ -79,12 +77,11 @@ def chunked(
     position = state.position + (T if lengths is None else lengths)
     end = MemoryState(maps, ends[:L], ends[L:], pending, transition, position)
 
-    def whole(pieces: list[Tensor], like: Tensor) -> Tensor:
-        joined = cut.join(pieces, like.transpose(1, 2).reshape(G, T, *like.shape[3:]))
-        return joined.unflatten(0, (B, H)).transpose(1, 2)
+    def per_token(pieces: list[Tensor]) -> Tensor:
+        return cut.join([x.unflatten(0, (B, H)).transpose(1, 2) for x in pieces], gates[..., 0])
 
-    seen = tuple(whole(pieces, gates[..., 0]) for pieces in (surprises, losses)) if info else ()
-    return whole(outs, q), end, seen
+    seen = (per_token(surprises), per_token(losses)) if info else ()
+    return cut.join(outs, q), end, seen
 
 
 def current_maps(state: MemoryState) -> list[Tensor]:
@@ -92,7 +89,7 @@ def current_maps(state: MemoryState) -> list[Tensor]:
     flat = _flat(state)
     with torch.autocast(state.pending.device.type, enabled=False):
         maps = _advance(flat.maps, flat.inputs, flat.signals, flat.pending, flat.transition)
-    return [m[:, 0].unflatten(0, state.pending.shape[:2]) for m in maps]
+    return [weights_of(i, m).unflatten(0, state.pending.shape[:2]) for i, m in enumerate(maps)]
 
 
 def _flat(state: MemoryState) -> MemoryState:
@@ -104,15 +101,17 @@ def _reader(maps: Tensors, x: Tensors, d: Tensors, write: Tensor, mix: Tensor):
     """The linear maps of the memory at every token of the piece, applied without being formed."""
 
     def linear(i: int, h: Tensor) -> Tensor:
-        scores = (torch.bmm(h, x[i].to(h.dtype).mT) * write).to(h.dtype)
-        return read(maps[i], widen(h, mix), scores, d[i].to(h.dtype))
+        scores, flat = (torch.bmm(h, x[i].to(h.dtype).mT) * write).to(h.dtype), maps[i].flatten(1, 2)
+        held = narrow(torch.bmm(h, flat.mT), mix) if i else torch.bmm(widen(h, mix), flat)
+        return torch.baddbmm(held, scores, d[i].to(h.dtype), alpha=-1)
 
     return linear
 
 
 def _advance(maps: Tensors, x: Tensors, d: Tensors, pending: Tensor, transition: Tensor) -> list[Tensor]:
     """The maps after the open chunk's tokens."""
-    return [advance(m, widen(x_i, pending), d_i, transition) for m, x_i, d_i in zip(maps, x, d, strict=True)]
+    sides = [factors(i, x_i, d_i, pending) for i, (x_i, d_i) in enumerate(zip(x, d, strict=True))]
+    return [advance(m, *side, transition) for m, side in zip(maps, sides, strict=True)]
 
 
 def _surprise(x: Tensors, d: Tensors, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from titans.memory.chunked import chunked
 from titans.memory.network import MemoryMLP
-from titans.memory.pieces import align, check_mask, take
+from titans.memory.pieces import align, check_mask, in_pieces, is_long, take
 from titans.memory.reference import reference
 from titans.memory.state import MemoryState
 
@@ -80,14 +80,25 @@ def neural_memory(
     with torch.autocast(q.device.type, enabled=False):  # precision here follows the arguments, never a context
         if backend == "reference":
             out, end, info = reference(q, k, v, gates, norm, network, state, mask)
-        elif mask is None:
-            out, end, info = chunked(q, k, v, gates, norm, network, state, None, return_info)
+        elif return_info or not is_long(q.shape[1]):
+            out, end, info = _chunked(q, k, v, gates, mask, norm, network, state, return_info)
         else:
-            index, lengths, undo = align(mask)
-            q, k, v, gates = (take(x, index) for x in (q, k, v, gates))
-            out, end, info = chunked(q, k, v, gates, norm, network, state, lengths, return_info)
-            out, info = take(out, undo), tuple(take(x, undo) for x in info)
+
+            def step(q, k, v, gates, mask, state):
+                return _chunked(q, k, v, gates, mask, norm, network, state, False)[:2]
+
+            out, end = in_pieces(step, (q, k, v, gates, mask), state, chunk_size)
     return (out, end, MemoryInfo(*info)) if return_info else (out, end)
+
+
+def _chunked(q, k, v, gates, mask: Tensor | None, norm, network: MemoryMLP, state: MemoryState, info: bool):
+    """``chunked`` for any mask."""
+    if mask is None:
+        return chunked(q, k, v, gates, norm, network, state, None, info)
+    index, lengths, undo = align(mask)
+    q, k, v, gates = (take(x, index) for x in (q, k, v, gates))
+    out, end, seen = chunked(q, k, v, gates, norm, network, state, lengths, info)
+    return take(out, undo), end, tuple(take(x, undo) for x in seen)
 
 
 def _check(q, k, v, gates, maps, affine, network: MemoryMLP, chunk_size: int, backend: str) -> None:

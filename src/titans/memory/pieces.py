@@ -1,10 +1,14 @@
 """Rows of different lengths: align them to the left, cut them where chunks or segments end, put them together again."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+PIECE = 512  # tokens of a long call that are worked through at a time
 
 
 def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
@@ -55,6 +59,13 @@ class Piece:
     def is_whole(self, size: int) -> bool:
         """Whether these are whole chunks, the same slots in every row."""
         return isinstance(self.offset, int) and self.offset == 0 and self.width >= size
+
+    def repeat(self, times: int) -> "Piece":
+        """The same piece with every row ``times`` times, copies side by side."""
+        rows = (
+            t.repeat_interleave(times) if isinstance(t, Tensor) else t for t in (self.offset, self.valid, self.closes)
+        )
+        return Piece(self.width, *rows)  # type: ignore[arg-type]
 
     def place(self, new: Tensor, held: Tensor | None, size: int) -> Tensor:
         """The chunk's slots [B, size, ...] with ``new`` [B, width, ...] put behind what is ``held`` (None: zeros)."""
@@ -158,3 +169,30 @@ class Cut:
             out = take(out, self.inverse)
             out = out.masked_fill(~self.real.view(*self.real.shape, *[1] * (out.dim() - 2)), 0)
         return out
+
+
+def is_long(length: int) -> bool:
+    """Whether a call is worked through in pieces: what a piece leaves for its backward would fill the memory."""
+    return length > 2 * PIECE
+
+
+def in_pieces(
+    step: Callable[..., tuple[Tensor, Any]], inputs: Sequence[Tensor | None], state: Any, chunk_size: int
+) -> tuple[Tensor, Any]:
+    """``step(*inputs, state) -> (out, state)``, piece by piece: for a long call, in the memory of a short one.
+
+    The backward works each piece out again from its inputs and the state it began with, which alone are kept.
+
+    Args:
+        inputs: [B, T, ...], or None for every piece.
+        chunk_size: pieces are whole chunks.
+    """
+    size, length, outs = max(1, PIECE // chunk_size) * chunk_size, inputs[0].shape[1], []  # type: ignore[union-attr]
+    cut = [[None] * -(-length // size) if x is None else x.split(size, 1) for x in inputs]
+    for piece in zip(*cut, strict=True):
+        if torch.is_grad_enabled():
+            out, state = checkpoint(step, *piece, state, use_reentrant=False, preserve_rng_state=False)  # type: ignore[misc]
+        else:
+            out, state = step(*piece, state)
+        outs.append(out)
+    return torch.cat(outs, 1), state

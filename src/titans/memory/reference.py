@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from titans.memory.network import MemoryMLP, safe_sqrt
-from titans.memory.state import MemoryState
+from titans.memory.state import MemoryState, hold
 
 
 def reference(
@@ -64,8 +64,7 @@ def reference(
         signals = _where(border, tuple(torch.zeros_like(b) for b in signals), signals)
         pending = _where(border, torch.zeros_like(pending), pending)
         transition = _where(border, same.expand_as(transition), transition)
-    maps = tuple(torch.stack(pair, 2) for pair in zip(frozen, start_momentum, strict=True))
-    end = MemoryState(maps, inputs, signals, pending, transition, position)
+    end = MemoryState(hold(frozen, start_momentum, 2), inputs, signals, pending, transition, position)
     if not outs:
         empty = gates.new_zeros(gates.shape[:-1])
         return torch.zeros_like(like), end, (empty, empty)
@@ -75,9 +74,9 @@ def reference(
 
 def _as_it_stands(state: MemoryState) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Memory and momentum after the open chunk's tokens, whose gradients are products of inputs and signals."""
-    now = []
-    for map, x, d in zip(state.maps, state.inputs, state.signals, strict=True):
-        started = torch.einsum("bhpq,bhqio->bhpio", state.since_start(), map)
+    start, now = zip(state.weights, state.momentum, strict=True), []
+    for pair, x, d in zip(start, state.inputs, state.signals, strict=True):
+        started = torch.einsum("bhpq,bhqio->bhpio", state.since_start(), torch.stack(pair, 2))
         now.append(started - torch.einsum("bhcp,bhci,bhco->bhpio", state.pending, x, d))
     return tuple(m[:, :, 0] for m in now), tuple(m[:, :, 1] for m in now)
 

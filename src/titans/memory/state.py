@@ -130,12 +130,19 @@ def load_tensors(path: str | os.PathLike, device: Any = "cpu") -> tuple[dict[str
         raise ValueError(f"{path} is truncated or no safetensors file ({error}); restore it from a copy") from error
 
 
+def hold(weights: Sequence[Tensor], momentum: Sequence[Tensor], dim: int) -> tuple[Tensor, ...]:
+    """Linear maps and their momentum, each [..., d_in, d_out], as ``MemoryState.maps``; stacked at ``dim``."""
+    pairs = zip(weights, momentum, strict=True)
+    return tuple(torch.stack([w.mT, s.mT] if i else [w, s], dim) for i, (w, s) in enumerate(pairs))
+
+
 @dataclass
 class MemoryState(State):
     """A neural memory in the middle of a sequence: C is the chunk size, one entry of the tuples per linear map.
 
     Args:
-        maps: [B, H, 2, d_in, d_out], memory and momentum as they were at the open chunk's first token.
+        maps: memory and momentum as they were at the open chunk's first token: the first map [B, H, 2, d_in, d_out],
+            the others transposed, [B, H, 2, d_out, d_in] (``scan.py`` says why).
         inputs [B, H, C, d_in], signals [B, H, C, d_out]: inputs and gradients of the open chunk's tokens, then zeros.
         pending: [B, H, C, 2], weights of those gradients in memory and momentum as they stand now.
         transition: [B, H, 2, 2], weights of the first memory and momentum in those that stand now.
@@ -161,12 +168,13 @@ class MemoryState(State):
     def initial(cls, maps: Sequence[Tensor], batch: int, chunk_size: int) -> "MemoryState":
         """Before the first token: M_0 = ``maps`` (each [H, d_in, d_out]) for every row, no momentum."""
         H = maps[0].shape[0]
+        start = hold(maps, [torch.zeros_like(w) for w in maps], 1)
 
         def zeros(*shape: int) -> Tensor:
             return maps[0].new_zeros(batch, H, *shape)
 
         return cls(
-            maps=tuple(torch.stack([w, torch.zeros_like(w)], 1).expand(batch, -1, -1, -1, -1) for w in maps),
+            maps=tuple(m.expand(batch, -1, -1, -1, -1) for m in start),
             inputs=tuple(zeros(chunk_size, w.shape[-2]) for w in maps),
             signals=tuple(zeros(chunk_size, w.shape[-1]) for w in maps),
             pending=zeros(chunk_size, 2),
@@ -177,12 +185,12 @@ class MemoryState(State):
     @property
     def weights(self) -> tuple[Tensor, ...]:
         """The memory [B, H, d_in, d_out] at the open chunk's first token."""
-        return tuple(m[:, :, 0] for m in self.maps)
+        return tuple(m[:, :, 0].mT if i else m[:, :, 0] for i, m in enumerate(self.maps))
 
     @property
     def momentum(self) -> tuple[Tensor, ...]:
         """The momentum [B, H, d_in, d_out] at the open chunk's first token."""
-        return tuple(m[:, :, 1] for m in self.maps)
+        return tuple(m[:, :, 1].mT if i else m[:, :, 1] for i, m in enumerate(self.maps))
 
     def since_start(self) -> Tensor:
         """``transition``, its constants made sure of: the identity where no chunk is open, zero below the diagonal."""
