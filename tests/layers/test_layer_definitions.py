@@ -49,7 +49,8 @@ def mac(block, x: Tensor, reach: int) -> Tensor:
     outs, state = [], block.memory.initial_state(1)
     for start in range(0, T, reach):
         s = x[start : start + reach]
-        h = block.memory.read(s.unsqueeze(0), tuple(current_maps(state)))[0]  # eq. 21
+        queries, gate = block.memory.queries(s.unsqueeze(0)), block.memory.out_gate(s)
+        h = block.memory.recall(queries, gate, tuple(current_maps(state)))[0]  # eq. 21
         causal = torch.ones(len(s), len(s), dtype=torch.bool).tril()
         y = s + attend(block.attention, s, causal, block.persistent, h)  # eqs. 22, 23
         for t in range(len(s)):  # eq. 24, and the per-token read of eq. 25

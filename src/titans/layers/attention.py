@@ -136,26 +136,33 @@ class SegmentAttention(_Attention):
         """Empty keys and values of memory tokens and tokens: [batch, segment, 4, heads, head_dim]."""
         return self.qkv_proj.weight.new_zeros(batch, self.segment_length, 4, self.heads, self.head_dim)
 
-    def forward(
-        self, x: Tensor, memory: Tensor, held: Tensor, piece: Piece, persistent: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens and their memory tokens, both [B, n, dim], of one piece of a segment.
-
-        Returns y [B, n, dim] and the segment's keys and values so far, ``held`` of the next call.
-        """
-        C = self.segment_length
-        first = piece.offset if isinstance(piece.offset, int) else piece.offset.unsqueeze(1)
-        positions = first + torch.arange(piece.width, device=x.device)
+    def project_at(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of tokens x [B, T, dim] of which the first is the ``position`` [B]-th of its row, q and k rotated."""
         q, k, v = self.project(x)
+        places = self._places(position, x.shape[1])
+        return rotate(q, places), rotate(k, places), v
+
+    def _places(self, position: Tensor, length: int) -> Tensor:
+        """Places [B, length] of tokens inside their segments."""
+        return (position.unsqueeze(1) + torch.arange(length, device=position.device)) % self.segment_length
+
+    def forward(
+        self, qkv: tuple[Tensor, ...], memory: Tensor, held: Tensor, piece: Piece, persistent: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens of one piece of a segment, ``qkv`` as from ``project_at``, and their memory tokens [B, n, dim].
+
+        ``persistent`` is what the method of that name returned, or (). Returns [B, n, dim], and the segment's keys and
+        values so far, ``held`` of the next call.
+        """
+        C, (q, k, v) = self.segment_length, qkv
+        first = torch.as_tensor(piece.offset, device=q.device).view(-1)
+        places = self._places(first, piece.width)
         mk, mv = self.keys_values(memory)
-        new = torch.stack([rotate(mk, positions), mv, rotate(k, positions), v], 2)
-        held = piece.place(new, held, C)
+        held = piece.place(torch.stack([rotate(mk, places), mv, k, v], 2), held, C)
         mk, mv, k, v = held.unbind(2)
-        earlier = torch.arange(C, device=x.device) <= positions.unsqueeze(-1)
-        mask = torch.cat([earlier, earlier], -1)
-        mask = mask if mask.dim() == 3 else mask.unsqueeze(0)
-        keys, values = [mk, k], [mv, v]
-        if persistent is not None:
-            pk, pv = self.persistent(persistent, len(x))
-            keys, values, mask = [pk, *keys], [pv, *values], F.pad(mask, (len(persistent), 0), value=True)
-        return self.attend(rotate(q, positions), torch.cat(keys, 1), torch.cat(values, 1), mask), held
+        earlier = torch.arange(C, device=q.device) <= places.unsqueeze(-1)
+        mask, keys, values = torch.cat([earlier, earlier], -1), [mk, k], [mv, v]
+        if persistent:
+            keys, values = [persistent[0], *keys], [persistent[1], *values]
+            mask = F.pad(mask, (persistent[0].shape[1], 0), value=True)
+        return self.attend(q, torch.cat(keys, 1), torch.cat(values, 1), mask), held

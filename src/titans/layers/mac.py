@@ -59,16 +59,21 @@ class MAC(Block):
         return MACState(memory, memory.weights, self.attention.initial_state(batch), torch.zeros_like(memory.position))
 
     def mix(self, x: Tensor, state: MACState, lengths: Tensor | None) -> tuple[Tensor, MACState]:
-        memory, maps, held, outs = state.memory, state.maps, state.held, []
+        memory, maps, held, ys, reads = state.memory, state.maps, state.held, [], []
+        # what does not wait for the memory of the segment before, for all segments at once
+        tokens = x, self.memory.queries(x), self.memory.out_gate(x), *self.attention.project_at(x, state.position)
+        persistent = () if self.persistent is None else self.attention.persistent(self.persistent, len(x))
         cut = Cut(state.position, lengths, x.shape[1], self.segment_length)
-        for piece, s in zip(cut.pieces, cut.split(x), strict=True):
-            h = self.memory.read(s, maps)  # eq. 21
-            found, held = self.attention(s, h, held, piece, self.persistent)
-            y = s + found  # eqs. 22, 23
-            m, memory = self.memory(y, memory, prefix_mask(y, piece.valid))  # eq. 24
-            outs.append(self.gate(y, m))  # eq. 25
+        for piece, s, q, gate, *qkv in zip(cut.pieces, *map(cut.split, tokens), strict=True):
+            h = self.memory.recall(q, gate, maps)  # eq. 21
+            found, held = self.attention(qkv, h, held, piece, persistent)
+            ys.append(s + found)  # eqs. 22, 23
+            read, memory = self.memory.write(ys[-1], memory, prefix_mask(s, piece.valid))  # eq. 24
+            reads.append(read)
             if piece.closes is not False:
                 maps = tuple(piece.where_closed(n, o) for n, o in zip(current_maps(memory), maps, strict=True))
                 held = piece.where_closed(torch.zeros_like(held), held)
+        y = cut.join(ys, x)
+        out = self.gate(y, self.memory.output(cut.join(reads, tokens[1]), y))  # eq. 25
         position = state.position + (x.shape[1] if lengths is None else lengths)
-        return cut.join(outs, x), MACState(memory, maps, held, position)
+        return out, MACState(memory, maps, held, position)

@@ -136,31 +136,49 @@ class NeuralMemory(nn.Module):
         self, qkv: Tensor, gates: Tensor, out_gate: Tensor, mask: Tensor | None, state: MemoryState,
         seen: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, MemoryState]:  # fmt: skip
-        """What lies between the projections, rows left-aligned; fills ``seen`` if it is given."""
+        reads, state = self._write(qkv, gates, mask, state, seen)
+        return self._gated(reads, out_gate), state
+
+    def _write(
+        self, qkv: Tensor, gates: Tensor, mask: Tensor | None, state: MemoryState, seen: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, MemoryState]:
+        """Writes and reads, rows left-aligned: [B, T, heads, head_dim]; fills ``seen`` if it is given."""
         qkv, conv = self.conv(qkv, state.conv, None if mask is None else mask.sum(1))
         qk, v = F.silu(qkv).unflatten(-1, (3, self.heads, self.head_dim)).split((2, 1), 2)
         (q, k), v = _unit(qk).unbind(2), v.squeeze(2)
         lr, log_momentum, log_retention = self._gates(gates)
-        y, state, *info = neural_memory(
+        reads, state, *info = neural_memory(
             q, k, v, lr, log_momentum, log_retention, tuple(self.weights), network=self.network,
             chunk_size=self.chunk_size, state=state, mask=mask, backend=self.backend, return_info=seen is not None,
         )  # type: ignore[misc]  # fmt: skip
         if seen is not None:
             seen |= {"lr": lr, "momentum": log_momentum.exp(), "forget": -torch.expm1(log_retention)}
             seen |= info[0]._asdict()
-        return self._output(y, out_gate), replace(state, conv=conv)
+        return reads, replace(state, conv=conv)
 
-    def read(self, x: Tensor, maps: tuple[Tensor, ...]) -> Tensor:
-        """Asks a memory that stands still: M*(x W_Q), eq. 21; no write, no convolution (its window is the write's).
+    def write(self, x: Tensor, state: MemoryState, mask: Tensor | None) -> tuple[Tensor, MemoryState]:
+        """``forward`` without its last part, ``output``: what was read, [B, T, heads, head_dim]; x left-aligned."""
+        return self._write(self.qkv_proj(x), self.gates_proj(x), mask, state)
+
+    def output(self, reads: Tensor, x: Tensor) -> Tensor:
+        """Norm, gate and projection of what was read at the tokens x: [B, T, dim]."""
+        return self.out_proj(self._gated(reads, self.out_gate(x)))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """What ``recall`` asks for the tokens x [B, T, dim]: no convolution, its window is the write's."""
+        w_q = self.qkv_proj.weight[: self.heads * self.head_dim]
+        return _unit(F.silu(F.linear(x, w_q)).unflatten(-1, (self.heads, self.head_dim)))
+
+    def recall(self, queries: Tensor, out_gate: Tensor, maps: tuple[Tensor, ...]) -> Tensor:
+        """Asks a memory that stands still: M*(x W_Q), eq. 21; nothing is written.
 
         Args:
-            x: [B, T, dim]; maps: linear maps [B, heads, d_in, d_out], e.g. ``current_maps(state)``.
+            queries: ``queries(x)``; out_gate: ``self.out_gate(x)``.
+            maps: linear maps [B, heads, d_in, d_out], e.g. ``current_maps(state)``.
         """
-        w_q = self.qkv_proj.weight[: self.heads * self.head_dim]
-        q = _unit(F.silu(F.linear(x, w_q)).unflatten(-1, (self.heads, self.head_dim)))
-        affine = [a.to(q.dtype) for a in self.weights[self.network.depth :]]
-        y = self.network.apply((*(w.to(q.dtype) for w in maps), *affine), q.transpose(1, 2))
-        return self.out_proj(self._output(y.transpose(1, 2), self.out_gate(x)))
+        affine = [a.to(queries.dtype) for a in self.weights[self.network.depth :]]
+        y = self.network.apply((*(w.to(queries.dtype) for w in maps), *affine), queries.transpose(1, 2))
+        return self.out_proj(self._gated(y.transpose(1, 2), out_gate))
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """theta, log eta and log(1 - alpha) [B, T, heads], float32 (float64 for float64)."""
@@ -174,8 +192,8 @@ class NeuralMemory(nn.Module):
         g = F.hardsigmoid(write)
         return self.max_lr * g, F.logsigmoid(momentum), torch.log1p(-torch.sigmoid(forget) * g)
 
-    def _output(self, y: Tensor, gate: Tensor) -> Tensor:
-        return self.out_norm(y).flatten(-2) * F.silu(gate)
+    def _gated(self, reads: Tensor, out_gate: Tensor) -> Tensor:
+        return self.out_norm(reads).flatten(-2) * F.silu(out_gate)
 
 
 def _unit(x: Tensor) -> Tensor:

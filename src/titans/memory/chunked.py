@@ -86,6 +86,8 @@ def chunked(
 
 def current_maps(state: MemoryState) -> list[Tensor]:
     """The memory's linear maps [B, H, d_in, d_out] as they stand after the last token, open chunk included."""
+    if not (state.position % state.chunk_size).any():
+        return list(state.weights)  # no chunk is open
     flat = _flat(state)
     with torch.autocast(state.pending.device.type, enabled=False):
         maps = _advance(flat.maps, flat.inputs, flat.signals, flat.pending, flat.transition)
