@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from titans.bench import layers, worker
-from titans.bench.case import DEFAULT_SIZES, TASKS, Case, Subject, build, groups
+from titans.bench.case import DEFAULT_SIZES, PASSES, SUITES, TASKS, Case, Subject, build, groups, suite
 from titans.bench.run import bench, plot, table
 from titans.cli import main
 from titans.memory import MemoryMLP
@@ -43,14 +43,18 @@ def test_rows_of_a_run(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize(("task", "subject"), [(t, s) for t in TASKS for s in TASKS[t][1] if s != "titans-pytorch"])
+ELSEWHERE = ("titans-pytorch", "gated_delta_rule")  # a peer that is not installed with the tests, and one for GPUs
+
+
+@pytest.mark.parametrize(("task", "subject"), [(t, s) for t in TASKS for s in TASKS[t][1] if s not in ELSEWHERE])
 def test_every_subject_runs_and_passes_its_check(task, subject, monkeypatch):
     monkeypatch.setattr("titans.bench.models.STREAM_TOKENS", 64)
     monkeypatch.setattr("titans.bench.models.DECODE_TOKENS", 3)
-    sizes = DEFAULT_SIZES[task] | (TINY if task == "memory" else TINY_MODEL)
+    tiny = {"memory": TINY, "op": {k: v for k, v in TINY.items() if k != "dim"}}.get(task, TINY_MODEL)
+    sizes = DEFAULT_SIZES[task] | tiny
     if subject == "mamba2":
         sizes |= {"hidden_size": 64}  # a head of the library's has 64 dimensions
-    measure = "backward" if task == "memory" else "step"
+    measure = PASSES[task][-1]
     built = build(Case(task, subject, measure, 24, sizes=sizes))
     if built.check is not None:
         built.check()
@@ -93,8 +97,9 @@ def test_the_check_notices_a_wrong_memory(monkeypatch):
 
 
 def test_a_row_with_an_error_stays_a_row():
-    row = {"name": "titans", "measure": "forward", "length": 8, "threads": 1, "dtype": "float32", "error": "differs"}
-    assert "| titans | forward | 8 | 1 | float32 | differs |" in table([row])
+    row = {"task": "memory", "name": "titans", "measure": "forward", "length": 8, "threads": 1, "dtype": "float32"}
+    row["error"] = "differs"
+    assert "| memory | titans | forward | 8 | 1 | float32 | differs |" in table([row])
 
 
 @pytest.mark.parametrize(
@@ -107,6 +112,20 @@ def test_unknown_names_are_refused(change, named):
         plan(**change)
 
 
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_is_made_of_cases_that_exist(name):
+    cases = [case for group in suite(name) for case in group]
+    assert {case.task for case in cases} <= set(TASKS)
+    assert all(case.subject in TASKS[case.task][1] for case in cases)
+    with pytest.raises(ValueError, match="suite='cpu'"):
+        suite("cpu")
+
+
+def test_what_needs_a_gpu_or_a_package_says_so():
+    with pytest.raises((ImportError, ValueError), match=r"flash-linear-attention|needs a GPU"):
+        build(Case("op", "gated_delta_rule", "forward", 8, sizes=DEFAULT_SIZES["op"]))
+
+
 def test_command_writes_its_results(tmp_path, capsys):
     out = tmp_path / "layer.json"
     sizes = json.dumps(TINY).replace('"', "")
@@ -117,5 +136,7 @@ def test_command_writes_its_results(tmp_path, capsys):
     assert result["rows"][0]["subject"] == "sdpa"
     assert result["command"].startswith("titans bench memory")
     assert out.with_suffix(".png").exists()
+    assert main(["bench", "memory", "--suite", "gpu"]) == 2
+    assert "give one of the two" in capsys.readouterr().err
     assert main(["bench", "speed"]) == 2
     assert "speed" in capsys.readouterr().err

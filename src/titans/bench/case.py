@@ -8,6 +8,10 @@ from typing import Any
 
 # task -> (what it times, subject -> "module:function" that builds it from a case)
 TASKS: dict[str, tuple[str, dict[str, str]]] = {
+    "op": (
+        "the memory's rule alone, [batch, length, heads, head_dim]",
+        {name: f"titans.bench.ops:{name}" for name in ("titans", "gated_delta_rule", "sdpa")},
+    ),
     "memory": (
         "one sequence mixer, [batch, length, dim]",
         {
@@ -31,9 +35,16 @@ TASKS: dict[str, tuple[str, dict[str, str]]] = {
         dict.fromkeys(("mac", "mag", "mal", "lmm", "mamba2"), "titans.bench.models:stream"),
     ),
 }
-PASSES = {"memory": ("forward", "backward"), "train": ("step",), "decode": ("step",), "stream": ("step",)}
+PASSES = {
+    "op": ("forward", "backward"),
+    "memory": ("forward", "backward"),
+    "train": ("step",),
+    "decode": ("step",),
+    "stream": ("step",),
+}
 
 DEFAULT_SIZES: dict[str, dict[str, Any]] = {
+    "op": {"heads": 4, "head_dim": 64, "depth": 2, "expansion": 4, "chunk_size": 64, "batch": 2},
     "memory": {"dim": 384, "heads": 4, "head_dim": 64, "depth": 2, "expansion": 4, "chunk_size": 64, "batch": 2},
     "train": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "chunk_size": 64, "reach": 64,
               "batch": 1},
@@ -116,6 +127,30 @@ def groups(
         [Case(task, s, p, n, t, d, device, sizes, r) for s in subjects for r in revisions]
         for n, t, d, p in itertools.product(lengths, threads, dtypes, passes)
     ]
+
+
+_WIDE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}  # the 170M preset
+SUITES: dict[str, list[dict[str, Any]]] = {
+    "gpu": [
+        {"task": "op", "subjects": ["titans", "gated_delta_rule", "sdpa"], "lengths": [4096, 16384],
+         "sizes": {"heads": 16}},
+        {"task": "memory", "subjects": ["titans-pytorch", "titans", "sdpa", "matmul"], "lengths": [4096]},
+        {"task": "train", "subjects": ["llama", "mag", "mac"], "lengths": [4096, 32768],
+         "sizes": {**_WIDE, "reach": 512}},
+        {"task": "decode", "subjects": ["mac", "mag", "llama"], "lengths": [4096], "sizes": {**_WIDE, "reach": 512}},
+    ],
+}  # fmt: skip
+
+
+def suite(name: str) -> list[list[Case]]:
+    """The groups of a whole suite of cases: everything one machine is to be asked, bfloat16 on a GPU.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    _known("suite", [name], SUITES)
+    common = {"threads": [1], "dtypes": ["bfloat16"], "passes": None, "device": "cuda", "against": None}
+    return [group for entry in SUITES[name] for group in groups(**(common | {"sizes": {}} | entry))]
 
 
 def _known(name: str, given, valid) -> None:

@@ -115,6 +115,7 @@ def _summarise(row: dict[str, Any], group: list[dict[str, Any]]) -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; `x first` is the speed over the first subject's, medians of ratios inside a round."""
     head = [
+        "task",
         "subject",
         "pass",
         "length",
@@ -126,9 +127,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "of matmul",
         "peak MiB",
     ]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|---|" + "---:|" * (len(head) - 3)]
     for row in rows:
-        case = [row["name"], row["measure"], f"{row['length']:,}", row["threads"], row["dtype"]]
+        case = [row["task"], row["name"], row["measure"], f"{row['length']:,}", row["threads"], row["dtype"]]
         if "error" in row:
             lines.append("| " + " | ".join(map(str, case)) + f" | {row['error']} |||||")
             continue
@@ -152,9 +153,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(ylabel="tokens/s", yscale="log")
-    done, stream = [row for row in rows if "error" not in row], rows[0]["task"] == "stream"
+    done, stream = [row for row in rows if "error" not in row], all(row["task"] == "stream" for row in rows)
     axes.set_xlabel("tokens read" if stream else "length (tokens)")
-    keys = ("name", "measure", "threads", "dtype")
+    keys = ("task", "name", "measure", "threads", "dtype")
     for key in dict.fromkeys(tuple(row[k] for k in keys) for row in done):
         mine = [row for row in done if tuple(row[k] for k in keys) == key]
         if stream:
@@ -162,7 +163,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         else:
             points = [(row["length"], row["tokens_per_second"]) for row in mine]
             axes.set_xscale("log", base=2)
-        axes.plot(*zip(*points, strict=True), marker=".", label="{} {}, {} threads, {}".format(*key))
+        axes.plot(*zip(*points, strict=True), marker=".", label="{} {} {}, {} threads, {}".format(*key))
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

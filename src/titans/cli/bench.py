@@ -12,11 +12,12 @@ EXAMPLES = """examples:
   titans bench train --subjects "[mag,mac,llama]" --lengths "[1024,4096,16384]"
   titans bench decode --subjects "[mac,titans-pytorch]" --lengths "[16]"
   titans bench stream --subjects "[mac]" --rounds 32   2M tokens, 65,536 a round
+  titans bench --suite gpu --output gpu.json           all that a GPU is to be asked
 """
 
 
 def main(arguments: list[str]) -> None:
-    from titans.bench.case import DEFAULT_SIZES, TASKS, groups
+    from titans.bench.case import DEFAULT_SIZES, SUITES, TASKS, groups, suite
 
     parser = ConfigParser(
         prog="titans bench",
@@ -26,7 +27,8 @@ def main(arguments: list[str]) -> None:
         exit_on_error=False,
     )
     tasks = "; ".join(f"{name}: {text} ({', '.join(subjects)})" for name, (text, subjects) in TASKS.items())
-    parser.add_argument("task", type=str, help=tasks)
+    parser.add_argument("task", type=str | None, nargs="?", default=None, help=tasks)
+    parser.add_argument("--suite", type=str | None, default=None, help=f"instead of a task: {', '.join(SUITES)}")
     parser.add_argument("--subjects", type=list[str] | None, default=None, help="first is the base of the ratios")
     parser.add_argument("--lengths", type=list[int], default=[4096], help="tokens")
     parser.add_argument("--threads", type=list[int], default=[1], help="threads of each process")
@@ -40,7 +42,9 @@ def main(arguments: list[str]) -> None:
     options = parse(parser, arguments)
 
     names = ("task", "subjects", "lengths", "threads", "dtypes", "passes", "device", "sizes", "against")
-    planned = groups(**{name: options[name] for name in names})
+    if (options.task is None) == (options.suite is None):
+        raise ValueError(f"task={options.task!r} and suite={options.suite!r}; give one of the two")
+    planned = suite(options.suite) if options.suite else groups(**{name: options[name] for name in names})
     quiet_libraries()
     from titans.bench.run import bench, plot, table
     from titans.training.callbacks import write_atomically

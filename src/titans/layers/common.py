@@ -11,6 +11,8 @@ def require_finite(x: Tensor, mask: Tensor | None) -> None:
     """ValueError that names the first NaN or infinity among the real tokens of x [B, T, dim]."""
     if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
+    if x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite():
+        return  # one pass; only where the sum is not finite it matters why
     finite = torch.isfinite(x).all(-1)
     if mask is not None:
         finite = finite | ~mask
@@ -42,11 +44,11 @@ class ShortConvolution(nn.Module):
         """Output and new state; rows are left-aligned, ``lengths`` [B] of them real (None: all)."""
         T, tail = x.shape[1], self.size - 1
         padded = torch.cat([state.to(x.dtype), x], 1)
-        if T == 0:
-            return x, padded
-        # a depthwise convolution over [B, channels, 1, T], channels last: nothing is moved
-        kernel = self.weight.t().view(self.channels, 1, 1, self.size)
-        y = F.conv2d(padded.mT.unsqueeze(2), kernel, groups=self.channels).squeeze(2).mT
+        if T > 1:  # a depthwise convolution over [B, channels, 1, T], channels last: nothing is moved
+            kernel = self.weight.t().view(self.channels, 1, 1, self.size)
+            y = F.conv2d(padded.mT.unsqueeze(2), kernel, groups=self.channels).squeeze(2).mT
+        else:  # less than a convolution's own start
+            y = (padded * self.weight).sum(1, keepdim=True).to(x.dtype) if T else x
         if lengths is None:
             return y, padded[:, T:]
         last = lengths.unsqueeze(1) + torch.arange(tail, device=x.device)
