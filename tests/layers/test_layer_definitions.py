@@ -7,7 +7,6 @@ from layer_cases import DIM, SIZES, assert_equal, build, run, tokens
 from torch import Tensor
 
 from titans.layers.attention import rotate
-from titans.memory import current_maps
 
 T = 21
 
@@ -50,7 +49,7 @@ def mac(block, x: Tensor, reach: int) -> Tensor:
     for start in range(0, T, reach):
         s = x[start : start + reach]
         queries, gate = block.memory.queries(s.unsqueeze(0)), block.memory.out_gate(s)
-        h = block.memory.recall(queries, gate, tuple(current_maps(state)))[0]  # eq. 21
+        h = block.memory.recall(queries, gate, tuple(block.memory.current_maps(state)))[0]  # eq. 21
         causal = torch.ones(len(s), len(s), dtype=torch.bool).tril()
         y = s + attend(block.attention, s, causal, block.persistent, h)  # eqs. 22, 23
         for t in range(len(s)):  # eq. 24, and the per-token read of eq. 25

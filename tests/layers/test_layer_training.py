@@ -104,7 +104,8 @@ def test_write_gate_can_be_exactly_closed():
     _, state, info = layer(x, return_info=True)
     assert not info["lr"].any()
     assert not info["forget"].any()
-    assert all(torch.equal(w, m.expand_as(w)) for w, m in zip(state.weights, layer.weights, strict=False))
+    start = layer.initial_state(len(x)).weights
+    assert all(torch.equal(w, m) for w, m in zip(state.weights, start, strict=True))
 
 
 @pytest.mark.parametrize("gate", ["sigmoid", "write"])

@@ -39,6 +39,7 @@ class Case:
     weights: tuple[Tensor, ...]
     network: MemoryMLP
     chunk_size: int
+    forget: str = "zero"
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -68,7 +69,7 @@ class Case:
         """(out, state, info); without ``info``, chunked takes whole chunks through ``scan``, and info is None."""
         out, end, *seen = neural_memory(
             *self.inputs, self.weights, network=self.network, chunk_size=self.chunk_size,
-            state=state, mask=mask, backend=backend, return_info=info,
+            state=state, mask=mask, forget=self.forget, backend=backend, return_info=info,
         )  # type: ignore[misc]  # fmt: skip
         return out, end, seen[0] if seen else None
 

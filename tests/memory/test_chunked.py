@@ -84,3 +84,14 @@ def test_float32(network, info):
         for name in expected:
             bound = max(EQUAL[torch.float32], LOW_PRECISION * error(plain[name], expected[name]))
             assert_equal(got[name], expected[name], bound, name)
+
+
+@paths
+@pytest.mark.parametrize("carried", [0, 8, 6], ids=["M_0", "closed chunk", "open chunk"])
+@pytest.mark.parametrize("masked", [None, "holes"])
+@pytest.mark.parametrize("network", ["default", "depth1", "depth3", "plain"])
+def test_forgetting_towards_the_start(network, masked, carried, info):
+    case = make(OPTIONS[network], T=15 + carried).on(forget="start")
+    case = case.on(log_retention=3 * case.log_retention)
+    state = case.tokens(0, carried).run()[1] if carried else None
+    assert_same(case.tokens(carried), state, masked and MASKS[masked](2, 15), info)

@@ -54,6 +54,10 @@ def test_gradcheck_with_recomputation(network, monkeypatch):
     check(smooth(network, T=10), "chunked", False)
 
 
+def test_gradcheck_where_forgetting_leads_to_the_start():
+    check(smooth(T=10).on(forget="start"), "chunked", False)
+
+
 def test_every_entry_of_the_jacobian():
     """Once without gradcheck's random projections."""
     case = smooth(T=4, D=2)

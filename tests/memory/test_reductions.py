@@ -129,3 +129,17 @@ def test_inner_gradients_are_taken_where_the_chunk_began(backend, info):
     assert_equal(
         out, case.v
     )  # theta = 1/2 and a unit key: one step writes the value exactly; the second finds no error
+
+
+@backends
+def test_forgetting_everything_leads_to_the_start(backend, info):
+    """alpha = 1 and nothing written: M_0 again, whatever was written before; alpha = 0: both rules are one."""
+    case = make(T=13).on(forget="start")
+    _, state, _ = case.run(backend, info=info)
+    again = gates(case, lr=0.0, log_retention=-torch.inf, log_momentum=-torch.inf)
+    assert all(not w.any() for w in again.run(backend, state, info=info)[1].weights)
+    maps = [w.expand(2, *w.shape) for w in case.weights]
+    read = case.network.apply(maps, case.q.transpose(1, 2)).transpose(1, 2)
+    assert_equal(again.run(backend, state, info=info)[0][:, 1:], read[:, 1:])
+    kept = case.on(log_retention=torch.zeros_like(case.log_retention))
+    assert_equal(kept.run(backend, info=info)[0], kept.on(forget="zero").run(backend, info=info)[0])

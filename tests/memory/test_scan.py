@@ -48,6 +48,10 @@ def test_recomputation_with_every_network(network):
     assert_same(make(OPTIONS[network], B=1, T=(GROUP + 2) * C + 1, C=C, lr=0.005), info=False)
 
 
+def test_recomputation_where_forgetting_leads_to_the_start():
+    assert_same(make(T=(GROUP + 2) * C + 1, C=C).on(forget="start"), info=False)
+
+
 @pytest.mark.parametrize("limit", [{"lr": 0.0}, {"log_momentum": -torch.inf}, {"log_retention": -torch.inf}])
 def test_recomputation_at_the_limits_of_the_gates(limit):
     case = make(T=(GROUP + 2) * C, C=C)

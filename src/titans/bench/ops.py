@@ -1,4 +1,4 @@
-"""Subjects of `bench op`: the rule alone, on queries, keys, values and gates, beside the operations it competes with."""
+"""Subjects of `bench op`: the rule alone, on queries, keys, values and gates, beside what it competes with."""
 
 import importlib
 from collections.abc import Callable

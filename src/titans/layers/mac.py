@@ -9,7 +9,7 @@ from titans.layers.attention import SegmentAttention
 from titans.layers.block import Block, prefix_mask
 from titans.layers.common import GatedProduct, persistent_tokens
 from titans.layers.neural_memory import NeuralMemory
-from titans.memory import MemoryState, State, current_maps
+from titans.memory import MemoryState, State
 from titans.memory.pieces import Cut
 
 
@@ -56,7 +56,8 @@ class MAC(Block):
 
     def initial_state(self, batch: int) -> MACState:
         memory = self.memory.initial_state(batch)
-        return MACState(memory, memory.weights, self.attention.initial_state(batch), torch.zeros_like(memory.position))
+        maps = tuple(self.memory.current_maps(memory))
+        return MACState(memory, maps, self.attention.initial_state(batch), torch.zeros_like(memory.position))
 
     def mix(self, x: Tensor, state: MACState, lengths: Tensor | None) -> tuple[Tensor, MACState]:
         memory, maps, held, ys, reads = state.memory, state.maps, state.held, [], []
@@ -71,7 +72,9 @@ class MAC(Block):
             read, memory = self.memory.write(ys[-1], memory, prefix_mask(s, piece.valid))  # eq. 24
             reads.append(read)
             if piece.closes is not False:
-                maps = tuple(piece.where_closed(n, o) for n, o in zip(current_maps(memory), maps, strict=True))
+                maps = tuple(
+                    piece.where_closed(n, o) for n, o in zip(self.memory.current_maps(memory), maps, strict=True)
+                )
                 held = piece.where_closed(torch.zeros_like(held), held)
         y = cut.join(ys, x)
         out = self.gate(y, self.memory.output(cut.join(reads, tokens[1]), y))  # eq. 25

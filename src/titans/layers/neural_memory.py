@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans.layers.common import ShortConvolution, require_finite
-from titans.memory import MemoryMLP, MemoryState, neural_memory
+from titans.memory import MemoryMLP, MemoryState, current_maps, neural_memory
+from titans.memory.dispatch import FORGET
 from titans.memory.pieces import align, check_mask, in_pieces, is_long, take
 
 GATES = ("sigmoid", "write")
@@ -45,6 +46,8 @@ class NeuralMemory(nn.Module):
             that where nothing is written nothing is forgotten.
         max_lr: largest theta; default 0.1, and 0.1 / ``chunk_size`` for a network without norm, where nothing tames the
             sum of a chunk's gradients.
+        forget: where forgetting leads: "start", to M_0, so that what was written fades and what was learned in training
+            stays; "zero", the paper's.
         conv_size: length of the causal convolution over queries, keys and values; 1 for none.
         backend: see ``titans.memory.neural_memory``.
     """
@@ -59,30 +62,47 @@ class NeuralMemory(nn.Module):
         network: MemoryMLP | None = None,
         gate: str = "sigmoid",
         max_lr: float | None = None,
+        forget: str = "start",
         conv_size: int = 4,
         backend: str = "auto",
     ):
         super().__init__()
         if head_dim is None and dim % heads:
             raise ValueError(f"dim={dim} is no multiple of heads={heads}; choose another or give head_dim")
-        if gate not in GATES:
-            raise ValueError(f"gate must be one of {GATES}, got {gate!r}")
+        for name, value, valid in (("gate", gate, GATES), ("forget", forget, FORGET)):
+            if value not in valid:
+                raise ValueError(f"{name} must be one of {valid}, got {value!r}")
         self.dim, self.heads, self.head_dim = dim, heads, head_dim or dim // heads
         self.chunk_size, self.network, self.backend = chunk_size, network or MemoryMLP(), backend
-        self.gate = gate
+        self.gate, self.forget = gate, forget
         self.max_lr = (0.1 if self.network.norm else 0.1 / chunk_size) if max_lr is None else max_lr
         inner = heads * self.head_dim
         self.qkv_proj = nn.Linear(dim, 3 * inner, bias=False)
         self.conv = ShortConvolution(3 * inner, conv_size)
         self.gates_proj = GateProjection(dim, heads, gate)
-        self.weights = nn.ParameterList(self.network.init(heads, self.head_dim))
+        # M_0 in units that suit the optimizer: it moves a map of any width by an equal share
+        self.units = [i**0.5 if self.network.norm else 1.0 for i, _ in self.network.shapes(self.head_dim)]
+        self.units += [1.0] * (2 * self.network.norm)
+        start = self.network.init(heads, self.head_dim)
+        self.weights = nn.ParameterList(w / unit for w, unit in zip(start, self.units, strict=True))
         self.out_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
         self.out_gate = nn.Linear(dim, inner, bias=False)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
+    def start(self) -> tuple[Tensor, ...]:
+        """M_0: the linear maps [heads, d_in, d_out], then gain and bias [heads, head_dim] if there is a norm."""
+        return tuple(w * unit for w, unit in zip(self.weights, self.units, strict=True))
+
+    def current_maps(self, state: MemoryState) -> list[Tensor]:
+        """The memory's linear maps [B, heads, d_in, d_out] after the last token."""
+        base = [_precise(w) for w in self.start()[: self.network.depth]] if self.forget == "start" else ()
+        return current_maps(state, base)
+
     def initial_state(self, batch: int) -> MemoryState:
         """The state before the first token of ``batch`` sequences."""
-        maps = [w.float() if w.dtype != torch.float64 else w for w in self.weights[: self.network.depth]]
+        maps = [_precise(w) for w in self.start()[: self.network.depth]]
+        if self.forget == "start":
+            maps = [torch.zeros_like(w) for w in maps]
         state = MemoryState.initial(maps, batch, self.chunk_size)
         return replace(state, conv=self.conv.initial_state(batch))
 
@@ -148,8 +168,9 @@ class NeuralMemory(nn.Module):
         (q, k), v = _unit(qk).unbind(2), v.squeeze(2)
         lr, log_momentum, log_retention = self._gates(gates)
         reads, state, *info = neural_memory(
-            q, k, v, lr, log_momentum, log_retention, tuple(self.weights), network=self.network,
-            chunk_size=self.chunk_size, state=state, mask=mask, backend=self.backend, return_info=seen is not None,
+            q, k, v, lr, log_momentum, log_retention, self.start(), network=self.network,
+            chunk_size=self.chunk_size, state=state, mask=mask, forget=self.forget, backend=self.backend,
+            return_info=seen is not None,
         )  # type: ignore[misc]  # fmt: skip
         if seen is not None:
             seen |= {"lr": lr, "momentum": log_momentum.exp(), "forget": -torch.expm1(log_retention)}
@@ -174,7 +195,7 @@ class NeuralMemory(nn.Module):
 
         Args:
             queries: ``queries(x)``; out_gate: ``self.out_gate(x)``.
-            maps: linear maps [B, heads, d_in, d_out], e.g. ``current_maps(state)``.
+            maps: linear maps [B, heads, d_in, d_out], e.g. ``self.current_maps(state)``.
         """
         affine = [a.to(queries.dtype) for a in self.weights[self.network.depth :]]
         y = self.network.apply((*(w.to(queries.dtype) for w in maps), *affine), queries.transpose(1, 2))
@@ -194,6 +215,10 @@ class NeuralMemory(nn.Module):
 
     def _gated(self, reads: Tensor, out_gate: Tensor) -> Tensor:
         return self.out_norm(reads).flatten(-2) * F.silu(out_gate)
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ Tensors = Sequence[Tensor]
 
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, affine: Tensors, network: MemoryMLP,
-    state: MemoryState, lengths: Tensor | None, info: bool,
+    base: Tensors, state: MemoryState, lengths: Tensor | None, info: bool,
 ) -> tuple[Tensor, MemoryState, tuple[Tensor, ...]]:  # fmt: skip
     """Reads and writes chunk by chunk; nothing of size [tokens, d_in, d_out] ever exists.
 
@@ -24,6 +24,7 @@ def chunked(
         q, k, v: [B, T, H, D], real tokens to the left.
         gates: [B, T, H, 3] = (lr, log_momentum, log_retention), in the state's dtype.
         affine: gain and bias [H, D] of the norm, or ().
+        base: linear maps [H, d_in, d_out] that the state is relative to, or ().
         lengths: [B], real tokens of each row; None: T in every row.
         info: also work out surprise and loss; without it, whole chunks take the fast path.
 
@@ -40,19 +41,19 @@ def chunked(
     held: Sequence[Tensor | None] = start  # the open chunk; None stands for zeros
     nothing, same = torch.zeros_like(pending), torch.eye(2, dtype=gates.dtype, device=q.device).expand(B * H, 2, 2)
     transition = state.since_start().flatten(0, 1)
+    base = [(w.mT if i else w).repeat(B, 1, 1) for i, w in enumerate(base)]
     norm = (affine[0].repeat(B, 1).unsqueeze(1), affine[1].repeat(B, 1).unsqueeze(1)) if affine else None
 
     outs, surprises, losses = [], [], []
     for piece, *tokens in zip(cut.pieces, *(cut.split(x) for x in (q, k, v, gates)), strict=True):
         if not info and piece.is_whole(C):
-            out, maps = scan(*tokens, maps, norm, network, C)
+            out, maps = scan(*tokens, maps, base, norm, network, C)
             outs.append(out)
             held, pending, transition = [None for _ in held], nothing, same
             continue
         piece = piece.repeat(H)
         q_, k_, v_, gates_ = (t.transpose(1, 2).flatten(0, 1) for t in tokens)
-        operands = [m.to(dtype) for m in maps]
-        x, d, loss = network.trace([weights_of(i, m) for i, m in enumerate(operands)], norm, k_, v_)
+        x, d, loss = network.trace(weights_of(maps, base, dtype), norm, k_, v_)
         if info:
             surprises.append(_surprise(x, d, loss.dtype))
             losses.append(loss)
@@ -61,7 +62,7 @@ def chunked(
         masks = chunk_masks(piece.blank(gates_), piece.last)
         # tokens before this piece: their gradients fade with the memory and the momentum that hold them
         write = piece.place(masks.write.mT, pending @ masks.read.mT, C).mT
-        out = network.forward(q_, _reader(operands, x, d, write, masks.read @ transition), norm)
+        out = network.forward(q_, _reader(maps, base, x, d, write, masks.read @ transition), norm)
         outs.append(out.unflatten(0, (B, H)).transpose(1, 2))
         pending = piece.where_read(piece.place(masks.to_state, pending @ masks.transition.mT, C), pending)
         transition = piece.where_read(masks.transition @ transition, transition)
@@ -84,14 +85,18 @@ def chunked(
     return cut.join(outs, q), end, seen
 
 
-def current_maps(state: MemoryState) -> list[Tensor]:
-    """The memory's linear maps [B, H, d_in, d_out] as they stand after the last token, open chunk included."""
-    if not (state.position % state.chunk_size).any():
-        return list(state.weights)  # no chunk is open
-    flat = _flat(state)
-    with torch.autocast(state.pending.device.type, enabled=False):
-        maps = _advance(flat.maps, flat.inputs, flat.signals, flat.pending, flat.transition)
-    return [weights_of(i, m).unflatten(0, state.pending.shape[:2]) for i, m in enumerate(maps)]
+def current_maps(state: MemoryState, base: Tensors = ()) -> list[Tensor]:
+    """The memory's linear maps [B, H, d_in, d_out] as they stand after the last token, open chunk included.
+
+    ``base``: M_0 [H, d_in, d_out], if the memory forgets towards it.
+    """
+    now: Sequence[Tensor] = state.weights
+    if (state.position % state.chunk_size).any():
+        flat, sizes = _flat(state), state.pending.shape[:2]
+        with torch.autocast(state.pending.device.type, enabled=False):
+            maps = _advance(flat.maps, flat.inputs, flat.signals, flat.pending, flat.transition)
+        now = [w.unflatten(0, sizes) for w in weights_of(maps, (), maps[0].dtype)]
+    return [w + b for w, b in zip(now, base, strict=True)] if base else list(now)
 
 
 def _flat(state: MemoryState) -> MemoryState:
@@ -99,12 +104,14 @@ def _flat(state: MemoryState) -> MemoryState:
     return state.map(lambda t: t.flatten(0, 1) if t.dim() > 3 else t)
 
 
-def _reader(maps: Tensors, x: Tensors, d: Tensors, write: Tensor, mix: Tensor):
+def _reader(maps: Tensors, base: Tensors, x: Tensors, d: Tensors, write: Tensor, mix: Tensor):
     """The linear maps of the memory at every token of the piece, applied without being formed."""
 
     def linear(i: int, h: Tensor) -> Tensor:
-        scores, flat = (torch.bmm(h, x[i].to(h.dtype).mT) * write).to(h.dtype), maps[i].flatten(1, 2)
+        scores, flat = (torch.bmm(h, x[i].to(h.dtype).mT) * write).to(h.dtype), maps[i].to(h.dtype).flatten(1, 2)
         held = narrow(torch.bmm(h, flat.mT), mix) if i else torch.bmm(widen(h, mix), flat)
+        if base:
+            held = torch.baddbmm(held, h, (base[i].mT if i else base[i]).to(h.dtype))
         return torch.baddbmm(held, scores, d[i].to(h.dtype), alpha=-1)
 
     return linear

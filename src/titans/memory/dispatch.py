@@ -13,6 +13,7 @@ from titans.memory.reference import reference
 from titans.memory.state import MemoryState
 
 BACKENDS = ("auto", "chunked", "reference")
+FORGET = ("zero", "start")
 
 
 class MemoryInfo(NamedTuple):
@@ -38,6 +39,7 @@ def neural_memory(
     chunk_size: int = 64,
     state: MemoryState | None = None,
     mask: Tensor | None = None,
+    forget: str = "zero",
     backend: str = "auto",
     return_info: bool = False,
 ) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, MemoryInfo]:
@@ -52,12 +54,16 @@ def neural_memory(
         lr: theta [B, T, H], >= 0; exactly 0 writes nothing.
         log_momentum, log_retention: log eta and log(1 - alpha) [B, T, H], <= 0; exactly 0 keeps everything.
         weights: M_0: the network's linear maps [H, d_in, d_out] in order, then, if it has a norm, optionally gain and
-            bias [H, D] (ones and zeros when absent). After the first call only gain and bias are read from it.
+            bias [H, D] (ones and zeros when absent). After the first call only gain and bias are read from it (but see
+            ``forget``).
         network: the memory network's shape.
         chunk_size: tokens whose gradients are taken at the same point; 1 is fully online.
         state: where an earlier call stopped; None: M_0 and no momentum.
         mask: [B, T], zero at padding, anywhere: a padded token neither writes, decays nor advances its row's chunk, and
             its output is zero.
+        forget: "zero", the paper's ``M = (1 - alpha) M + S``; "start", ``M = (1 - alpha) M + alpha M_0 + S``: what was
+            written fades, what was learned in training does not. The state is then relative to M_0 (``M - M_0``), and
+            the maps of ``weights`` are read in every call.
         backend: "chunked", "reference" (token by token, for tests) or "auto".
         return_info: also return ``MemoryInfo``.
 
@@ -68,40 +74,42 @@ def neural_memory(
         ValueError: shapes, dtypes or the state do not fit; the message names the argument.
     """
     maps, affine = network.split(weights)
-    _check(q, k, v, (lr, log_momentum, log_retention), maps, affine, network, chunk_size, backend)
+    _check(q, k, v, (lr, log_momentum, log_retention), maps, affine, network, chunk_size, forget, backend)
     mask = check_mask(mask, *q.shape[:2])
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     gates = torch.stack([lr, log_momentum, log_retention], -1).to(dtype)
+    maps = tuple(w.to(dtype) for w in maps)
+    base = maps if forget == "start" else ()
     if state is None:
-        state = MemoryState.initial([w.to(dtype) for w in maps], q.shape[0], chunk_size)
+        state = MemoryState.initial([torch.zeros_like(w) for w in maps] if base else maps, q.shape[0], chunk_size)
     _check_state(state, q, maps, chunk_size)
 
     norm = tuple(a.to(dtype) for a in affine) if affine else ()
     with torch.autocast(q.device.type, enabled=False):  # precision here follows the arguments, never a context
         if backend == "reference":
-            out, end, info = reference(q, k, v, gates, norm, network, state, mask)
+            out, end, info = reference(q, k, v, gates, norm, network, base, state, mask)
         elif return_info or not is_long(q.shape[1]):
-            out, end, info = _chunked(q, k, v, gates, mask, norm, network, state, return_info)
+            out, end, info = _chunked(q, k, v, gates, mask, norm, network, base, state, return_info)
         else:
 
             def step(q, k, v, gates, mask, state):
-                return _chunked(q, k, v, gates, mask, norm, network, state, False)[:2]
+                return _chunked(q, k, v, gates, mask, norm, network, base, state, False)[:2]
 
             out, end = in_pieces(step, (q, k, v, gates, mask), state, chunk_size)
     return (out, end, MemoryInfo(*info)) if return_info else (out, end)
 
 
-def _chunked(q, k, v, gates, mask: Tensor | None, norm, network: MemoryMLP, state: MemoryState, info: bool):
+def _chunked(q, k, v, gates, mask: Tensor | None, norm, network: MemoryMLP, base, state: MemoryState, info: bool):
     """``chunked`` for any mask."""
     if mask is None:
-        return chunked(q, k, v, gates, norm, network, state, None, info)
+        return chunked(q, k, v, gates, norm, network, base, state, None, info)
     index, lengths, undo = align(mask)
     q, k, v, gates = (take(x, index) for x in (q, k, v, gates))
-    out, end, seen = chunked(q, k, v, gates, norm, network, state, lengths, info)
+    out, end, seen = chunked(q, k, v, gates, norm, network, base, state, lengths, info)
     return take(out, undo), end, tuple(take(x, undo) for x in seen)
 
 
-def _check(q, k, v, gates, maps, affine, network: MemoryMLP, chunk_size: int, backend: str) -> None:
+def _check(q, k, v, gates, maps, affine, network: MemoryMLP, chunk_size: int, forget: str, backend: str) -> None:
     if q.dim() != 4 or not q.is_floating_point():
         raise ValueError(f"q must be floating point [B, T, H, D], got {q.dtype} {list(q.shape)}")
     for name, x in (("k", k), ("v", v)):
@@ -121,6 +129,8 @@ def _check(q, k, v, gates, maps, affine, network: MemoryMLP, chunk_size: int, ba
         )
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if forget not in FORGET:
+        raise ValueError(f"forget must be one of {FORGET}, got {forget!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
 

@@ -13,7 +13,7 @@ from titans.memory.state import MemoryState, hold
 
 def reference(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, affine: Sequence[Tensor], network: MemoryMLP,
-    state: MemoryState, mask: Tensor | None,
+    base: Sequence[Tensor], state: MemoryState, mask: Tensor | None,
 ) -> tuple[Tensor, MemoryState, tuple[Tensor, ...]]:  # fmt: skip
     """Reads and writes one token after the other; as ``chunked``, but any mask [B, T] will do."""
     B, T, _, _ = q.shape
@@ -31,8 +31,10 @@ def reference(
     inner_loss = of_heads(loss)
     row, head = torch.arange(B, device=q.device).unsqueeze(1), torch.arange(q.shape[2], device=q.device)
 
-    frozen, start_momentum = state.weights, state.momentum
+    base = tuple(base) or tuple(torch.zeros_like(w[0]) for w in state.weights)  # forgetting goes there
+    frozen, start_momentum = tuple(w + b for w, b in zip(state.weights, base, strict=True)), state.momentum
     memory, momentum = _as_it_stands(state)
+    memory = tuple(m + b for m, b in zip(memory, base, strict=True))
     inputs, signals, position = state.inputs, state.signals, state.position
     pending, transition = state.pending, state.since_start()
     same = torch.eye(2, dtype=gates.dtype, device=q.device)
@@ -42,7 +44,10 @@ def reference(
         lr, eta, retention = gates[:, t, :, 0], gates[:, t, :, 1].exp(), gates[:, t, :, 2].exp()
         gradient = inner_gradient(frozen, tuple(affine), k[:, t], v[:, t])
         new_momentum = tuple(_times(eta, s) - _times(lr, g) for s, g in zip(momentum, gradient, strict=True))
-        new_memory = tuple(_times(retention, m) + s for m, s in zip(memory, new_momentum, strict=True))
+        new_memory = tuple(
+            _times(retention, m) + _times(1 - retention, b) + s
+            for m, b, s in zip(memory, base, new_momentum, strict=True)
+        )
         memory, momentum = _where(here, new_memory, memory), _where(here, new_momentum, momentum)
         out = network.apply((*memory, *affine), q[:, t].unsqueeze(2)).squeeze(2)
         outs.append(_where(here, out, torch.zeros_like(out)))
@@ -64,7 +69,8 @@ def reference(
         signals = _where(border, tuple(torch.zeros_like(b) for b in signals), signals)
         pending = _where(border, torch.zeros_like(pending), pending)
         transition = _where(border, same.expand_as(transition), transition)
-    end = MemoryState(hold(frozen, start_momentum, 2), inputs, signals, pending, transition, position)
+    relative = [w - b for w, b in zip(frozen, base, strict=True)]
+    end = MemoryState(hold(relative, start_momentum, 2), inputs, signals, pending, transition, position)
     if not outs:
         empty = gates.new_zeros(gates.shape[:-1])
         return torch.zeros_like(like), end, (empty, empty)

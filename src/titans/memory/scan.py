@@ -8,7 +8,7 @@ the two weights of a token then always meet the narrow side, in one product for 
 """
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, repeat
 from typing import NamedTuple
 
 import torch
@@ -22,13 +22,15 @@ Tensors = Sequence[Tensor]
 
 
 def scan(
-    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, maps: Tensors, affine, network: MemoryMLP, chunk_size: int
-) -> tuple[Tensor, list[Tensor]]:
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, maps: Tensors, base: Tensors, affine, network: MemoryMLP,
+    chunk_size: int,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """Reads and writes whole chunks.
 
     Args:
         q, k, v: [B, n * chunk_size, H, D]; gates: [B, n * chunk_size, H, 3].
         maps: as held (see above), at the first chunk's start; affine: gain and bias [G, 1, D] or None.
+        base: what the memory is held relative to, [G, ...] as one half of ``maps``; () for nothing.
 
     Returns:
         out [B, n * chunk_size, H, D], and the maps at the end.
@@ -39,9 +41,10 @@ def scan(
     masks = chunk_masks(g_)
     # What the first map needs does not wait for the memory: all chunks at once, and autograd's business.
     scores = (q_ @ k_.mT * masks.write).to(q.dtype)
-    first = widen(q_, masks.read), scores, k_, widen(k_, masks.to_state)
+    base_q = torch.einsum("ngcd,gdh->ngch", q_, base[0].to(q.dtype)) if base else None
+    first = widen(q_, masks.read), base_q, scores, k_, widen(k_, masks.to_state)
     offset, gain = network.offset(k_, v_, affine), affine and affine[0]
-    out, *end = _Scan.apply(network, *first, offset, *masks, gain, *maps)  # type: ignore[misc]
+    out, *end = _Scan.apply(network, *first, offset, *masks, gain, *base, *maps)  # type: ignore[misc]
     out = network.finish(q_, out, affine).unflatten(1, (q.shape[0], -1))
     return out.permute(1, 0, 3, 2, 4).flatten(1, 2), end
 
@@ -57,9 +60,10 @@ def narrow(pair: Tensor, mix: Tensor) -> Tensor:
     return torch.addcmul(a * mix[..., :1], b, mix[..., 1:]).to(pair.dtype)
 
 
-def weights_of(i: int, map: Tensor) -> Tensor:
-    """The i-th linear map of the memory, [G, d_in, d_out], out of what is held."""
-    return map[:, 0].mT if i else map[:, 0]
+def weights_of(maps: Tensors, base: Tensors, dtype: torch.dtype) -> list[Tensor]:
+    """The memory's linear maps [G, d_in, d_out], out of what is held."""
+    half = [m[:, 0] + b for m, b in zip(maps, base, strict=True)] if base else [m[:, 0] for m in maps]
+    return [w.to(dtype).mT if i else w.to(dtype) for i, w in enumerate(half)]
 
 
 def factors(i: int, x: Tensor, d: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,13 +102,11 @@ class _Chunk(NamedTuple):
     norm: Tensors
 
 
-SUMMED = (False, False, True, False, False, True, True, True, True)  # whether the gradient of an input is added up
-
-
 class _Inputs(NamedTuple):
     """Arguments of the scan, or their gradients, [n, G, C, ...]: what the first map does, the offset, the masks."""
 
     wide_q: Tensor
+    base_q: Tensor | None  # through the first map of the base
     scores: Tensor
     k: Tensor
     wide_k: Tensor
@@ -115,14 +117,20 @@ class _Inputs(NamedTuple):
     transition: Tensor
 
     def chunks(self) -> list["_Inputs"]:
-        return [_Inputs(*tensors) for tensors in zip(*(t.unbind(0) for t in self), strict=True)]
+        each = (repeat(None, len(self.k)) if t is None else t.unbind(0) for t in self)
+        return [_Inputs(*tensors) for tensors in zip(*each, strict=True)]
+
+    def like(self) -> "_Inputs":
+        """Places for their gradients: zeros where several are added up."""
+        summed = {"k", "write", "read", "to_state", "transition"}
+        make = {name: torch.zeros_like if name in summed else torch.empty_like for name in self._fields}
+        return _Inputs(*(None if t is None else make[name](t) for name, t in self._asdict().items()))  # type: ignore[arg-type]
 
 
-def _forward(network: MemoryMLP, t: _Inputs, gain, maps: Tensors) -> tuple[Tensor, list[Tensor], _Chunk]:
+def _forward(network: MemoryMLP, t: _Inputs, gain, base: Tensors, maps: Tensors) -> tuple[Tensor, Tensors, _Chunk]:
     """Output of the last map at the queries, the maps after the chunk, and its intermediate results."""
     dtype, (value, slope, _) = t.k.dtype, network.functions
-    operands = [m.to(dtype) for m in maps]
-    W = [weights_of(i, m) for i, m in enumerate(operands)]
+    W = weights_of(maps, base, dtype)
     x, z = [t.k], []
     for w in W[:-1]:
         z.append(torch.bmm(x[-1], w))
@@ -133,14 +141,18 @@ def _forward(network: MemoryMLP, t: _Inputs, gain, maps: Tensors) -> tuple[Tenso
     for w, z_i in zip(reversed(W[1:]), reversed(z[:-1]), strict=True):
         u.insert(0, torch.bmm(d[0], w.mT))
         d.insert(0, slope(u[0], z_i))
+    flat = [m.to(dtype).flatten(1, 2) for m in maps]
+    r = [torch.bmm(t.wide_q, flat[0]) if t.base_q is None else torch.baddbmm(t.base_q, t.wide_q, flat[0])]
+    r[0].baddbmm_(t.scores, d[0], alpha=-1)
     h, both, raw, scores = [], [], [], []
-    r = [torch.baddbmm(torch.bmm(t.wide_q, operands[0].flatten(1, 2)), t.scores, d[0], alpha=-1)]
     for i in range(1, network.depth):
         h.append(value(r[-1]))
         raw.append(torch.bmm(h[-1], x[i].mT))
         scores.append((raw[-1] * t.write).to(dtype))
-        both.append(torch.bmm(h[-1], operands[i].flatten(1, 2).mT))
-        r.append(torch.baddbmm(narrow(both[-1], t.read), scores[-1], d[i], alpha=-1))
+        both.append(torch.bmm(h[-1], flat[i].mT))
+        r.append(narrow(both[-1], t.read).baddbmm_(scores[-1], d[i], alpha=-1))
+        if base:
+            r[-1].baddbmm_(h[-1], base[i].to(dtype).mT)
     sides = [(t.wide_k, d[0]), *(factors(i, x[i], d[i], t.to_state) for i in range(1, network.depth))]
     new = [advance(m, *side, t.transition) for m, side in zip(maps, sides, strict=True)]
     left, right = zip(*sides, strict=True)
@@ -150,43 +162,39 @@ def _forward(network: MemoryMLP, t: _Inputs, gain, maps: Tensors) -> tuple[Tenso
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, network: MemoryMLP, *tensors):  # type: ignore[override]
-        inputs, gain, maps = _Inputs(*tensors[:9]), tensors[9], list(tensors[10:])
+        fixed = iter(tensors)
+        inputs, gain = _Inputs(*islice(fixed, len(_Inputs._fields))), next(fixed)
+        base: Tensors = () if inputs.base_q is None else tuple(islice(fixed, network.depth))
+        maps: Tensors = tuple(fixed)
         out, kept, needs = torch.empty_like(inputs.k), [], any(ctx.needs_input_grad)
         for c, t in enumerate(inputs.chunks()):
-            out[c], maps, chunk = _forward(network, t, gain, maps)
+            out[c], maps, chunk = _forward(network, t, gain, base, maps)
             if needs:
                 kept += [x for part in chunk for x in part]
                 ctx.sizes = [len(part) for part in chunk]
         ctx.network = network
-        ctx.save_for_backward(*tensors[:10], *kept)
+        ctx.save_for_backward(*inputs, gain, *base, *kept)
         return (out, *maps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gout, *gmaps):  # type: ignore[override]
-        saved = iter(ctx.saved_tensors)
-        inputs, gain = _Inputs(*islice(saved, 9)), next(saved)
+        network, saved = ctx.network, iter(ctx.saved_tensors)
+        inputs, gain = _Inputs(*islice(saved, len(_Inputs._fields))), next(saved)
+        base: Tensors = () if inputs.base_q is None else tuple(islice(saved, network.depth))
         chunks = [(t, _Chunk(*(tuple(islice(saved, n)) for n in ctx.sizes))) for t in inputs.chunks()]
-        grads = _Inputs(
-            *(torch.zeros_like(t) if summed else torch.empty_like(t) for t, summed in zip(inputs, SUMMED, strict=True))
-        )
+        grads, gbase = inputs.like(), [torch.zeros_like(b) for b in base]
         ggain = None if gain is None else torch.zeros_like(gain)
         with torch.autocast(gout.device.type, enabled=False):  # as in the forward, wherever backward is called
             for (t, s), gt, gr in zip(chunks[::-1], grads.chunks()[::-1], gout.unbind(0)[::-1], strict=True):
-                gmaps = _backward(ctx.network, s, t, gain, gr, gmaps, gt, ggain)
-        return (None, *grads, ggain, *gmaps)
+                gx, gd, gmaps = _backward_advance(s, t, gmaps, gt)
+                _backward_read(network, s, t, base, gr, gx, gd, gmaps, gbase, gt)
+                _backward_keys(network, s, t, gain, base, gx, gd, gmaps, gbase, gt, ggain)
+        return (None, *grads, ggain, *gbase, *gmaps)
 
 
-def _backward(network: MemoryMLP, s: _Chunk, t: _Inputs, gain, gr, gmaps: Tensors, gt: _Inputs, ggain) -> list[Tensor]:
-    """Gradient of the maps before a chunk, from those of its output (gr) and of the maps after it.
-
-    Puts the gradients of the inputs into ``gt`` and adds that of the gain to ``ggain``.
-    """
-    operands = [m.to(t.k.dtype) for m in s.maps]
-    gx, gd, gmaps = _backward_advance(s, t, gmaps, gt)
-    _backward_read(network, s, t, operands, gr, gx, gd, gmaps, gt)
-    _backward_keys(network, s, t, [weights_of(i, m) for i, m in enumerate(operands)], gain, gx, gd, gmaps, gt, ggain)
-    return gmaps
+# Backward of one chunk, from the gradients of its output (gr) and of the maps after it (gmaps). The three parts put the
+# gradients of the chunk's inputs into ``gt``, and add those of gain and base to ``ggain`` and ``gbase``.
 
 
 def _backward_advance(s: _Chunk, t: _Inputs, gmaps: Tensors, gt: _Inputs):
@@ -210,9 +218,10 @@ def _backward_advance(s: _Chunk, t: _Inputs, gmaps: Tensors, gt: _Inputs):
     return gx, gd, before
 
 
-def _backward_read(network: MemoryMLP, s: _Chunk, t: _Inputs, operands: Tensors, gr, gx, gd, gmaps, gt: _Inputs):
+def _backward_read(network: MemoryMLP, s: _Chunk, t: _Inputs, base: Tensors, gr, gx, gd, gmaps, gbase, gt: _Inputs):
     """The queries, last map first."""
-    slope = network.functions[1]
+    slope, dtype = network.functions[1], t.k.dtype
+    flat = [m.to(dtype).flatten(1, 2) for m in s.maps]
     for i in reversed(range(1, network.depth)):
         h, x, both, raw, scores = s.h[i - 1], s.x[i], s.both[i - 1], s.raw[i - 1], s.scores[i - 1]
         gscores, gboth = torch.bmm(gr, s.d[i].mT).neg_(), widen(gr, t.read)
@@ -220,20 +229,25 @@ def _backward_read(network: MemoryMLP, s: _Chunk, t: _Inputs, operands: Tensors,
         gt.read.add_(_weights_grad(both, gr))
         _add_product(gmaps[i].flatten(1, 2), gboth.mT, h)
         gt.write.addcmul_(gscores, raw)
-        gscores = (gscores * t.write).to(h.dtype)
-        gh = torch.bmm(gboth, operands[i].flatten(1, 2)).baddbmm_(gscores, x)
+        gscores = (gscores * t.write).to(dtype)
+        gh = torch.bmm(gboth, flat[i]).baddbmm_(gscores, x)
+        if base:
+            _add_product(gbase[i], gr.mT, h)
+            gh.baddbmm_(gr, base[i].to(dtype))
         gx[i].baddbmm_(gscores.mT, h)
         gr = slope(gh, s.r[i - 1])
-    torch.bmm(gr, operands[0].flatten(1, 2).mT, out=gt.wide_q)
+    if gt.base_q is not None:
+        gt.base_q.copy_(gr)
+    torch.bmm(gr, flat[0].mT, out=gt.wide_q)
     torch.bmm(gr, s.d[0].mT, out=gt.scores).neg_()
     _add_product(gmaps[0].flatten(1, 2), t.wide_q.mT, gr)
     gd[0].baddbmm_(t.scores.mT, gr, alpha=-1)
 
 
-def _backward_keys(network: MemoryMLP, s: _Chunk, t: _Inputs, W: Tensors, gain, gx, gd, gmaps, gt, ggain):
+def _backward_keys(network: MemoryMLP, s: _Chunk, t: _Inputs, gain, base: Tensors, gx, gd, gmaps, gbase, gt, ggain):
     """The keys' backward (gone through from first map to last), then their forward."""
     _, slope, curvature = network.functions
-    gu = []
+    W, gu = weights_of(s.maps, base, t.k.dtype), []
     for i in range(network.depth - 1):
         gu.append(slope(gd[i], s.z[i]))
         gd[i + 1].baddbmm_(gu[i], W[i + 1])
@@ -241,12 +255,14 @@ def _backward_keys(network: MemoryMLP, s: _Chunk, t: _Inputs, W: Tensors, gain, 
     gt.offset.copy_(goffset)
     if ggain is not None:
         ggain += ggain_here
-    for i in reversed(range(1, network.depth)):
-        gmaps[i][:, 0].add_(torch.bmm(gz.mT, s.x[i]).baddbmm_(s.d[i].mT, gu[i - 1]))
+    for i in reversed(range(network.depth)):
+        gW = torch.bmm(gz.mT, s.x[i]).baddbmm_(s.d[i].mT, gu[i - 1]) if i else torch.bmm(s.x[0].mT, gz)
+        gmaps[i][:, 0].add_(gW)
+        if base:
+            gbase[i].add_(gW)
         gx[i].baddbmm_(gz, W[i].mT)
-        gz = slope(gx[i], s.z[i - 1]).addcmul_(gd[i - 1] * s.u[i - 1], curvature(s.z[i - 1]))
-    gmaps[0][:, 0].add_(torch.bmm(s.x[0].mT, gz))
-    gx[0].baddbmm_(gz, W[0].mT)
+        if i:
+            gz = slope(gx[i], s.z[i - 1]).addcmul_(gd[i - 1] * s.u[i - 1], curvature(s.z[i - 1]))
 
 
 def _weights_grad(pair: Tensor, x: Tensor) -> Tensor:

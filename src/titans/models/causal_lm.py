@@ -24,6 +24,7 @@ def build_block(config: TitansConfig) -> Block:
         network=config.memory_network,
         gate=config.memory_gate,
         max_lr=config.memory_max_lr,
+        forget=config.memory_forget,
         conv_size=config.memory_conv_size,
     )
     if config.variant == "lmm":

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from titans.layers.neural_memory import GATES
 from titans.memory import MemoryMLP
+from titans.memory.dispatch import FORGET
 
 VARIANTS = ("mac", "mag", "mal", "lmm")
 _BASE_KEYS = {"dtype", "torch_dtype", "attn_implementation", "model_type", "transformers_version"}
@@ -29,6 +30,7 @@ class TitansConfig(PreTrainedConfig):
         memory_activation, memory_residual, memory_norm: see ``titans.memory.MemoryMLP``.
         memory_gate: ``"sigmoid"`` or ``"write"``, see ``titans.NeuralMemory``.
         memory_max_lr: largest inner step size theta; default as in ``titans.NeuralMemory``.
+        memory_forget: ``"start"`` or ``"zero"``, see ``titans.NeuralMemory``.
         memory_conv_size: length of the causal convolution over queries, keys and values; 1 for none.
         chunk_size: tokens whose inner gradients are taken at the same memory.
         segment_length: tokens a segment (``mac``).
@@ -59,6 +61,7 @@ class TitansConfig(PreTrainedConfig):
     memory_norm: bool = True
     memory_gate: str = "sigmoid"
     memory_max_lr: float | None = None
+    memory_forget: str = "start"
     memory_conv_size: int = 4
     chunk_size: int = 16
     segment_length: int = 64
@@ -99,6 +102,8 @@ class TitansConfig(PreTrainedConfig):
             raise ValueError(f"variant must be one of {VARIANTS}, got {self.variant!r}")
         if self.memory_gate not in GATES:
             raise ValueError(f"memory_gate must be one of {GATES}, got {self.memory_gate!r}")
+        if self.memory_forget not in FORGET:
+            raise ValueError(f"memory_forget must be one of {FORGET}, got {self.memory_forget!r}")
         positive = (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_memory_heads", "memory_conv_size", "chunk_size", "segment_length", "sliding_window",
