@@ -172,8 +172,8 @@ class Cut:
 
 
 def is_long(length: int) -> bool:
-    """Whether a call is worked through in pieces: what a piece leaves for its backward would fill the memory."""
-    return length > 2 * PIECE
+    """Whether a call is worked through in pieces: to stay in the caches, and in little memory under autograd."""
+    return length > PIECE * (1 + torch.is_grad_enabled())
 
 
 def in_pieces(
