@@ -18,14 +18,18 @@ GATES = ("sigmoid", "write")
 class GateProjection(nn.Linear):
     """Pre-activations of the three gates of every head, [..., dim] -> [..., 3 * heads]."""
 
-    def __init__(self, dim: int, heads: int, gate: str):
-        self.heads, self.gate = heads, gate
+    def __init__(self, dim: int, heads: int, gate: str, forget: str):
+        self.heads, self.gate, self.forget = heads, gate, forget
         super().__init__(dim, 3 * heads)
 
     def reset_parameters(self) -> None:
-        """The same gates for every token: theta half of ``max_lr`` (3/4 for ``"write"``), eta 1/2, alpha 0.01 %."""
+        """The same gates for every token: theta half of ``max_lr`` (3/4 for ``"write"``), eta 1/2, alpha 5 %.
+
+        Forgetting towards zero starts at 0.01 %: it takes M_0 with it.
+        """
         write = 0.0 if self.gate == "sigmoid" else 1.5
-        start = torch.tensor([write, 0.0, math.log(1e-4 / (1 - 1e-4))])
+        alpha = 0.05 if self.forget == "start" else 1e-4
+        start = torch.tensor([write, 0.0, math.log(alpha / (1 - alpha))])
         with torch.no_grad():
             self.weight.zero_()
             self.bias.copy_(start.repeat_interleave(self.heads))
@@ -79,7 +83,7 @@ class NeuralMemory(nn.Module):
         inner = heads * self.head_dim
         self.qkv_proj = nn.Linear(dim, 3 * inner, bias=False)
         self.conv = ShortConvolution(3 * inner, conv_size)
-        self.gates_proj = GateProjection(dim, heads, gate)
+        self.gates_proj = GateProjection(dim, heads, gate, forget)
         # M_0 in units that suit the optimizer: it moves a map of any width by an equal share
         self.units = [i**0.5 if self.network.norm else 1.0 for i, _ in self.network.shapes(self.head_dim)]
         self.units += [1.0] * (2 * self.network.norm)
