@@ -1,6 +1,5 @@
 """The neural memory as a layer: projections, short convolution, gates, memory, output norm and gate."""
 
-import math
 from dataclasses import replace
 
 import torch
@@ -23,16 +22,18 @@ class GateProjection(nn.Linear):
         super().__init__(dim, 3 * heads)
 
     def reset_parameters(self) -> None:
-        """The same gates for every token: theta half of ``max_lr`` (3/4 for ``"write"``), eta 1/2, alpha 5 %.
+        """The same gates for every token: theta half of ``max_lr`` (3/4 for ``"write"``), eta 1/2, alpha as the head.
 
-        Forgetting towards zero starts at 0.01 %: it takes M_0 with it.
+        Heads forget at rates from 10 % to 0.2 % a token, evenly on a logarithmic scale: some hold what is near, some what
+        is far. Forgetting towards zero starts at 0.01 % in all of them: it takes M_0 with it.
         """
-        write = 0.0 if self.gate == "sigmoid" else 1.5
-        alpha = 0.05 if self.forget == "start" else 1e-4
-        start = torch.tensor([write, 0.0, math.log(alpha / (1 - alpha))])
+        place = (torch.arange(self.heads) + 0.5) / self.heads
+        alpha = 0.1 ** (1 - place) * 0.002**place if self.forget == "start" else torch.full((self.heads,), 1e-4)
+        write = torch.full_like(alpha, 0.0 if self.gate == "sigmoid" else 1.5)
+        start = torch.stack([write, torch.zeros_like(alpha), alpha.logit()])
         with torch.no_grad():
             self.weight.zero_()
-            self.bias.copy_(start.repeat_interleave(self.heads))
+            self.bias.copy_(start.flatten())
 
 
 class NeuralMemory(nn.Module):
