@@ -149,8 +149,10 @@ def suite(name: str) -> list[list[Case]]:
         ValueError: an unknown name.
     """
     _known("suite", [name], SUITES)
-    common = {"threads": [1], "dtypes": ["bfloat16"], "passes": None, "device": "cuda", "against": None}
-    return [group for entry in SUITES[name] for group in groups(**(common | {"sizes": {}} | entry))]
+    common: dict[str, Any] = {
+        "threads": [1], "dtypes": ["bfloat16"], "passes": None, "device": "cuda", "sizes": {}, "against": None,
+    }  # fmt: skip
+    return [group for entry in SUITES[name] for group in groups(**(common | entry))]
 
 
 def _known(name: str, given, valid) -> None:

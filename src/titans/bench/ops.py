@@ -45,8 +45,8 @@ def titans(case: Case) -> Subject:
     lr, momentum, forget = _gates(case, 3)
     gates = [0.1 * lr, momentum.log(), torch.log1p(-0.01 * forget)]
 
-    def call(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
-        return neural_memory(q, k, v, *rest[:3], rest[3:], network=network, chunk_size=s["chunk_size"])[0]
+    def call(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor, retention: Tensor, *maps: Tensor) -> Tensor:
+        return neural_memory(q, k, v, lr, momentum, retention, maps, network=network, chunk_size=s["chunk_size"])[0]
 
     return subject(case, gates + weights, call, partial(check_memory, network, s["head_dim"], s["chunk_size"], device))
 
@@ -67,7 +67,8 @@ def gated_delta_rule(case: Case) -> Subject:
 def sdpa(case: Case) -> Subject:
     """Causal softmax attention."""
 
-    def call(*qkv: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in qkv), is_causal=True)
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     return subject(case, [], call)

@@ -24,8 +24,8 @@ class GateProjection(nn.Linear):
     def reset_parameters(self) -> None:
         """The same gates for every token: theta half of ``max_lr`` (3/4 for ``"write"``), eta 1/2, alpha as the head.
 
-        Heads forget at rates from 10 % to 0.2 % a token, evenly on a logarithmic scale: some hold what is near, some what
-        is far. Forgetting towards zero starts at 0.01 % in all of them: it takes M_0 with it.
+        Heads forget at rates from 10 % to 0.2 % a token, evenly on a logarithmic scale: some hold what is near, some
+        what is far. Forgetting towards zero starts at 0.01 % in all of them: it takes M_0 with it.
         """
         place = (torch.arange(self.heads) + 0.5) / self.heads
         alpha = 0.1 ** (1 - place) * 0.002**place if self.forget == "start" else torch.full((self.heads,), 1e-4)
@@ -144,18 +144,17 @@ class NeuralMemory(nn.Module):
             index, _, undo = align(mask)
             mask = take(mask, index)
             x = take(x, index).masked_fill(~mask.unsqueeze(-1), 0)
-        state = self.initial_state(x.shape[0]) if state is None else state
-
+        end: MemoryState = self.initial_state(x.shape[0]) if state is None else state
         parts = self.qkv_proj(x), self.gates_proj(x), self.out_gate(x), mask
         seen: dict[str, Tensor] = {}
         if return_info or not is_long(x.shape[1]):
-            y, state = self._read(*parts, state, seen if return_info else None)
+            y, end = self._read(*parts, end, seen if return_info else None)
         else:
-            y, state = in_pieces(self._read, parts, state, self.chunk_size)
+            y, end = in_pieces(self._read, parts, end, self.chunk_size)
         y = self.out_proj(y)
         if undo is not None:
             y, seen = take(y, undo), {name: take(t, undo) for name, t in seen.items()}
-        return (y, state, seen) if return_info else (y, state)
+        return (y, end, seen) if return_info else (y, end)
 
     def _read(
         self, qkv: Tensor, gates: Tensor, out_gate: Tensor, mask: Tensor | None, state: MemoryState,

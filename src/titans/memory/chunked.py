@@ -45,14 +45,15 @@ def chunked(
     norm = (affine[0].repeat(B, 1).unsqueeze(1), affine[1].repeat(B, 1).unsqueeze(1)) if affine else None
 
     outs, surprises, losses = [], [], []
-    for piece, *tokens in zip(cut.pieces, *(cut.split(x) for x in (q, k, v, gates)), strict=True):
+    split = [cut.split(x) for x in (q, k, v, gates)]
+    for piece, q_, k_, v_, gates_ in zip(cut.pieces, *split, strict=True):
         if not info and piece.is_whole(C):
-            out, maps = scan(*tokens, maps, base, norm, network, C)
+            out, maps = scan(q_, k_, v_, gates_, maps, base, norm, network, C)
             outs.append(out)
             held, pending, transition = [None for _ in held], nothing, same
             continue
         piece = piece.repeat(H)
-        q_, k_, v_, gates_ = (t.transpose(1, 2).flatten(0, 1) for t in tokens)
+        q_, k_, v_, gates_ = (t.transpose(1, 2).flatten(0, 1) for t in (q_, k_, v_, gates_))
         x, d, loss = network.trace(weights_of(maps, base, dtype), norm, k_, v_)
         if info:
             surprises.append(_surprise(x, d, loss.dtype))
