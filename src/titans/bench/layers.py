@@ -109,6 +109,7 @@ def matmul(case: Case) -> Subject:
         if index:
             products.append((*pair(G, C, h, d), chunks))  # keys backward
         products.append((*pair(G, C, 2 * d, h), chunks))  # queries through W and S
+        products.append((*pair(G, C, d, h), chunks))  # queries through M_0, where forgetting leads there
         products.append((*pair(G, C, d, C), chunks))  # queries on keys
         products.append((*pair(G, C, C, h), chunks))
         products.append((*pair(G, 2 * d, C, h), chunks))  # update of W and S
