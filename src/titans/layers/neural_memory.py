@@ -96,16 +96,18 @@ class NeuralMemory(nn.Module):
 
     def start(self) -> tuple[Tensor, ...]:
         """M_0: the linear maps [heads, d_in, d_out], then gain and bias [heads, head_dim] if there is a norm."""
-        return tuple(w * unit for w, unit in zip(self.weights, self.units, strict=True))
+        return tuple(w if unit == 1 else w * unit for w, unit in zip(self.weights, self.units, strict=True))
 
     def current_maps(self, state: MemoryState) -> list[Tensor]:
         """The memory's linear maps [B, heads, d_in, d_out] after the last token."""
-        base = [_precise(w) for w in self.start()[: self.network.depth]] if self.forget == "start" else ()
-        return current_maps(state, base)
+        return current_maps(state, self._first_maps() if self.forget == "start" else ())
+
+    def _first_maps(self) -> list[Tensor]:
+        return [w if w.dtype == torch.float64 else w.float() for w in self.start()[: self.network.depth]]
 
     def initial_state(self, batch: int) -> MemoryState:
         """The state before the first token of ``batch`` sequences."""
-        maps = [_precise(w) for w in self.start()[: self.network.depth]]
+        maps = self._first_maps()
         if self.forget == "start":
             maps = [torch.zeros_like(w) for w in maps]
         state = MemoryState.initial(maps, batch, self.chunk_size)
@@ -219,10 +221,6 @@ class NeuralMemory(nn.Module):
 
     def _gated(self, reads: Tensor, out_gate: Tensor) -> Tensor:
         return self.out_norm(reads).flatten(-2) * F.silu(out_gate)
-
-
-def _precise(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -140,6 +140,8 @@ def hold(weights: Sequence[Tensor], momentum: Sequence[Tensor], dim: int) -> tup
 class MemoryState(State):
     """A neural memory in the middle of a sequence: C is the chunk size, one entry of the tuples per linear map.
 
+    Where forgetting leads to M_0 (``forget="start"``), it holds M - M_0.
+
     Args:
         maps: memory and momentum as they were at the open chunk's first token: the first map [B, H, 2, d_in, d_out],
             the others transposed, [B, H, 2, d_out, d_in] (``scan.py`` says why).
@@ -184,7 +186,7 @@ class MemoryState(State):
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        """The memory [B, H, d_in, d_out] at the open chunk's first token."""
+        """The memory [B, H, d_in, d_out] at the open chunk's first token; less M_0, where forgetting leads there."""
         return tuple(m[:, :, 0].mT if i else m[:, :, 0] for i, m in enumerate(self.maps))
 
     @property
