@@ -49,8 +49,8 @@ class NeuralMemory(nn.Module):
             ``"sigmoid"``: the paper's, each a sigmoid of its own.
             ``"write"``: one gate g in [0, 1] that reaches 0 and 1 exactly; theta = max_lr g, alpha = sigmoid(.) g, so
             that where nothing is written nothing is forgotten.
-        max_lr: largest theta; default 0.1, 0.005 at depth 4 (its outer gradient overflows at 0.02 and 8,192 tokens), and
-            0.1 / ``chunk_size`` for a network without norm, where nothing tames the sum of a chunk's gradients.
+        max_lr: largest theta; default 0.1, 0.005 at depth 4 (the outer gradient overflows at 0.02 and 8,192 tokens),
+            and 0.1 / ``chunk_size`` for a network without norm, where nothing tames the sum of a chunk's gradients.
         forget: where forgetting leads: "start", to M_0, so that what was written fades and what was learned in training
             stays; "zero", the paper's.
         conv_size: length of the causal convolution over queries, keys and values; 1 for none.
