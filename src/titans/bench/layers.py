@@ -41,11 +41,11 @@ def titans(case: Case) -> Subject:
     layer = NeuralMemory(
         s["dim"], heads=s["heads"], head_dim=s["head_dim"], chunk_size=s["chunk_size"], network=network
     )
-    check = partial(check_memory, network, s["head_dim"], s["chunk_size"], case.device)
+    check = partial(check_memory, network, s["head_dim"], s["chunk_size"], case.device, layer.forget)
     return subject(case, layer, lambda x: layer(x)[0], check)
 
 
-def check_memory(network: Any, head_dim: int, chunk_size: int, device: str = "cpu") -> None:
+def check_memory(network: Any, head_dim: int, chunk_size: int, device: str = "cpu", forget: str = "zero") -> None:
     """The backend that is timed against the reference, outputs and gradients, two chunks and a token (float64)."""
     from titans.memory import neural_memory
 
@@ -59,7 +59,7 @@ def check_memory(network: Any, head_dim: int, chunk_size: int, device: str = "cp
     inputs = (q, k, v, lr, *log_gates, *weights)
     for backend in ("reference", "auto"):
         leaves = [t.to(device, copy=True).requires_grad_() for t in inputs]
-        memory: Any = partial(neural_memory, network=network, chunk_size=chunk_size, backend=backend)
+        memory: Any = partial(neural_memory, network=network, chunk_size=chunk_size, forget=forget, backend=backend)
         out, state = memory(*leaves[:6], tuple(leaves[6:]))
         loss = out.square().sum() + sum(w.square().sum() for w in state.weights)
         results.append((out, *torch.autograd.grad(loss, leaves)))
