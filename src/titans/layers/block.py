@@ -19,8 +19,8 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, intermediate_size: int):
         super().__init__()
-        self.mix_norm = nn.RMSNorm(dim, eps=1e-6)
-        self.feed_forward_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.mix_norm = nn.LayerNorm(dim, eps=1e-6, bias=False)
+        self.feed_forward_norm = nn.LayerNorm(dim, eps=1e-6, bias=False)
         self.feed_forward = FeedForward(dim, intermediate_size)
 
     def forward(self, x: Tensor, state: Any = None, mask: Tensor | None = None) -> tuple[Tensor, State]:

@@ -73,7 +73,7 @@ class GatedProduct(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm_y, self.norm_m = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
+        self.norm_y, self.norm_m = nn.LayerNorm(dim, eps=1e-6, bias=False), nn.LayerNorm(dim, eps=1e-6, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, y: Tensor, m: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class MAL(Block):
         super().__init__(memory.dim, intermediate_size)
         self.memory = memory
         self.persistent = persistent_tokens(num_persistent_tokens, memory.dim)
-        self.memory_norm = nn.RMSNorm(memory.dim, eps=1e-6)
+        self.memory_norm = nn.LayerNorm(memory.dim, eps=1e-6, bias=False)
         self.attention = SlidingWindowAttention(memory.dim, num_attention_heads, sliding_window)
 
     def initial_state(self, batch: int) -> MAGState:

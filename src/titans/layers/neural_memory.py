@@ -90,7 +90,7 @@ class NeuralMemory(nn.Module):
         self.units += [1.0] * (2 * self.network.norm)
         start = self.network.init(heads, self.head_dim)
         self.weights = nn.ParameterList(w / unit for w, unit in zip(start, self.units, strict=True))
-        self.out_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.out_norm = nn.LayerNorm(self.head_dim, eps=1e-6, bias=False)
         self.out_gate = nn.Linear(dim, inner, bias=False)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 

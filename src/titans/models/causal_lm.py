@@ -67,7 +67,7 @@ class TitansModel(TitansPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([build_block(config) for _ in range(config.num_hidden_layers)])
-        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=1e-6, bias=False)
         self.gradient_checkpointing = False
         self.post_init()
 
