@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from layer_cases import DIM, SIZES, assert_equal, build, run, tokens
 from torch import Tensor
 
-from titans.layers.attention import rotate
+from titans.layers.attention import rotary_table, rotate
 
 T = 21
 
@@ -24,7 +24,7 @@ def attend(attention, x: Tensor, rows: Tensor, persistent: Tensor | None, memory
         at = slice(h * d, (h + 1) * d)
 
         def turned(t):
-            return rotate(t.unsqueeze(1), places).squeeze(1)
+            return rotate(t.unsqueeze(1), rotary_table(places, t)).squeeze(1)
 
         keys, values, seen = [turned(x @ wk[at].T)], [x @ wv[at].T], [rows]
         if memory is not None:
@@ -88,10 +88,14 @@ def test_block_is_its_equations(name, mix, size):
 def test_rotary_positions_are_relative():
     """Scores depend on distances, in the rotary half; the other half does not turn."""
     q, k = torch.randn(2, 1, 1, 8, dtype=torch.float64)
-    scores = [(rotate(q, torch.tensor([a])) * rotate(k, torch.tensor([a - 3]))).sum() for a in (3, 10, 5000)]
+
+    def at(t, place):
+        return rotate(t, rotary_table(torch.tensor([place]), t))
+
+    scores = [(at(q, a) * at(k, a - 3)).sum() for a in (3, 10, 5000)]
     assert_equal(scores[1:], [scores[0]] * 2)
-    assert not torch.allclose((rotate(q, torch.tensor([4])) * rotate(k, torch.tensor([0]))).sum(), scores[0])
-    assert torch.equal(rotate(q, torch.tensor([7]))[..., 4:], q[..., 4:])
+    assert not torch.allclose((at(q, 4) * at(k, 0)).sum(), scores[0])
+    assert torch.equal(at(q, 7)[..., 4:], q[..., 4:])
 
 
 def test_attention_does_not_reach_past_its_window():

@@ -1,5 +1,7 @@
 """Cached generation equals the full forward (test contract, item 6)."""
 
+import copy
+
 import pytest
 import torch
 from model_cases import MODELS, VARIANTS, VOCAB, assert_equal, build, ids, near
@@ -162,3 +164,21 @@ def test_a_zero_length_mask_row_is_an_empty_memory(variant):
         cache = model(torch.zeros_like(tokens), attention_mask=torch.zeros_like(tokens)).past_key_values
         late = model(tokens, past_key_values=cache, attention_mask=torch.ones_like(tokens)).logits
         assert_equal(late, model(tokens).logits)
+
+
+@variants
+def test_a_cache_in_the_middle_of_single_tokens(variant):
+    """Copied without the model, rows chosen, read on in a piece: the same numbers as the full forward."""
+    model, x = build(variant), ids(2, 25)
+    with torch.no_grad():
+        full, cache = model(x).logits, model(x[:, :5], use_cache=True).past_key_values
+        for t in range(5, 14):
+            model(x[:, t : t + 1], past_key_values=cache)
+        assert cache.layers[0]._decoder is not None
+        other = copy.deepcopy(cache)
+        assert other.layers[0]._decoder is None
+        near(model(x[:, 14:], past_key_values=other).logits, full[:, 14:])
+        cache.reorder_cache(torch.tensor([1, 1]))
+        for t in range(14, 25):
+            near(model(x[[1, 1], t : t + 1], past_key_values=cache).logits[:, 0], full[[1, 1], t])
+    assert cache.get_seq_length() == 25

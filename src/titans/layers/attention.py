@@ -15,15 +15,20 @@ from titans.memory import State
 from titans.memory.pieces import Piece, take
 
 
-def rotate(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
-    """Rotary positions on the first half of the last axis: x [..., n, heads, head_dim], positions [..., n]."""
-    half = x.shape[-1] // 2
-    precise = torch.promote_types(x.dtype, torch.float32)
-    frequencies = base ** (-torch.arange(0, half, 2, device=x.device, dtype=precise) / half)
+def rotary_table(positions: Tensor, like: Tensor, base: float = 10_000.0) -> Tensor:
+    """What ``rotate`` takes for tokens at ``positions`` [..., n]: cosines and sines, [2, ..., n, 1, head_dim]."""
+    quarter, precise = like.shape[-1] // 4, torch.promote_types(like.dtype, torch.float32)
+    frequencies = base ** (-torch.arange(quarter, device=positions.device, dtype=precise) / quarter)
     angles = (positions.unsqueeze(-1) * frequencies).unsqueeze(-2)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x[..., : half // 2], x[..., half // 2 : half]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., half:]], -1)
+    cos, sin, none = angles.cos(), angles.sin(), torch.zeros_like(angles)
+    return torch.stack([torch.cat([cos, cos, none + 1, none + 1], -1), torch.cat([-sin, sin, none, none], -1)])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotary positions on the first half of the last axis: x [..., n, heads, head_dim]."""
+    quarter, (cos, sin) = x.shape[-1] // 4, table.to(x.dtype)
+    turned = torch.cat([x[..., quarter : 2 * quarter], x[..., :quarter], x[..., 2 * quarter :]], -1)
+    return torch.addcmul(x * cos, turned, sin)
 
 
 class _Attention(nn.Module):
@@ -101,7 +106,8 @@ class SlidingWindowAttention(_Attention):
 
         slots = torch.arange(W + size, device=x.device)
         q_ = F.pad(q, (0, 0, 0, 0, 0, pad)).unflatten(1, (blocks, size)).flatten(0, 1)
-        q_, k_, v_ = rotate(q_, slots[W:]), rotate(windows(keys), slots), windows(values)
+        table = rotary_table(slots, q)
+        q_, k_, v_ = rotate(q_, table[:, W:]), rotate(windows(keys), table), windows(values)
         mask = self._mask(state.count, blocks, size)
         if persistent is not None:
             pk, pv = self.persistent(persistent, len(k_))
@@ -139,8 +145,8 @@ class SegmentAttention(_Attention):
     def project_at(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of tokens x [B, T, dim] of which the first is the ``position`` [B]-th of its row, q and k rotated."""
         q, k, v = self.project(x)
-        places = self._places(position, x.shape[1])
-        return rotate(q, places), rotate(k, places), v
+        table = rotary_table(self._places(position, x.shape[1]), q)
+        return rotate(q, table), rotate(k, table), v
 
     def _places(self, position: Tensor, length: int) -> Tensor:
         """Places [B, length] of tokens inside their segments."""
@@ -158,7 +164,8 @@ class SegmentAttention(_Attention):
         first = torch.as_tensor(piece.offset, device=q.device).view(-1)
         places = self._places(first, piece.width)
         mk, mv = self.keys_values(memory)
-        held = piece.place(torch.stack([rotate(mk, places), mv, k, v], 2), held, C)
+        mk = rotate(mk, rotary_table(places, mk))
+        held = piece.place(torch.stack([mk, mv, k, v], 2), held, C)
         mk, mv, k, v = held.unbind(2)
         earlier = torch.arange(C, device=q.device) <= places.unsqueeze(-1)
         mask, keys, values = torch.cat([earlier, earlier], -1), [mk, k], [mv, v]

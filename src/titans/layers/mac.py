@@ -66,7 +66,7 @@ class MAC(Block):
         persistent = () if self.persistent is None else self.attention.persistent(self.persistent, len(x))
         cut = Cut(state.position, lengths, x.shape[1], self.segment_length)
         for piece, s, q, gate, *qkv in zip(cut.pieces, *map(cut.split, tokens), strict=True):
-            h = self.memory.recall(q, gate, maps)  # eq. 21
+            h = self.memory.out_proj(self.memory.recall(q, gate, maps))  # eq. 21
             found, held = self.attention(qkv, h, held, piece, persistent)
             ys.append(s + found)  # eqs. 22, 23
             read, memory = self.memory.write(ys[-1], memory, prefix_mask(s, piece.valid))  # eq. 24

@@ -168,7 +168,7 @@ class NeuralMemory(nn.Module):
         seen: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, MemoryState]:  # fmt: skip
         reads, state = self._write(qkv, gates, mask, state, seen)
-        return self._gated(reads, out_gate), state
+        return self.gated(reads, out_gate), state
 
     def _write(
         self, qkv: Tensor, gates: Tensor, mask: Tensor | None, state: MemoryState, seen: dict[str, Tensor] | None = None
@@ -176,8 +176,8 @@ class NeuralMemory(nn.Module):
         """Writes and reads, rows left-aligned: [B, T, heads, head_dim]; fills ``seen`` if it is given."""
         qkv, conv = self.conv(qkv, state.conv, None if mask is None else mask.sum(1))
         qk, v = F.silu(qkv).unflatten(-1, (3, self.heads, self.head_dim)).split((2, 1), 2)
-        (q, k), v = _unit(qk).unbind(2), v.squeeze(2)
-        lr, log_momentum, log_retention = self._gates(gates)
+        (q, k), v = unit(qk).unbind(2), v.squeeze(2)
+        lr, log_momentum, log_retention = self.gate_values(gates)
         reads, state, *info = neural_memory(
             q, k, v, lr, log_momentum, log_retention, self.start(), network=self.network,
             chunk_size=self.chunk_size, state=state, mask=mask, forget=self.forget, backend=self.backend,
@@ -194,15 +194,18 @@ class NeuralMemory(nn.Module):
 
     def output(self, reads: Tensor, x: Tensor) -> Tensor:
         """Norm, gate and projection of what was read at the tokens x: [B, T, dim]."""
-        return self.out_proj(self._gated(reads, self.out_gate(x)))
+        return self.out_proj(self.gated(reads, self.out_gate(x)))
 
     def queries(self, x: Tensor) -> Tensor:
         """What ``recall`` asks for the tokens x [B, T, dim]: no convolution, its window is the write's."""
-        w_q = self.qkv_proj.weight[: self.heads * self.head_dim]
-        return _unit(F.silu(F.linear(x, w_q)).unflatten(-1, (self.heads, self.head_dim)))
+        return self.as_queries(F.linear(x, self.qkv_proj.weight[: self.heads * self.head_dim]))
+
+    def as_queries(self, projected: Tensor) -> Tensor:
+        """Queries [B, T, heads, head_dim] from their projection [B, T, heads * head_dim]."""
+        return unit(F.silu(projected).unflatten(-1, (self.heads, self.head_dim)))
 
     def recall(self, queries: Tensor, out_gate: Tensor, maps: tuple[Tensor, ...]) -> Tensor:
-        """Asks a memory that stands still: M*(x W_Q), eq. 21; nothing is written.
+        """Asks a memory that stands still: M*(x W_Q), eq. 21, as ``out_proj`` takes it; nothing is written.
 
         Args:
             queries: ``queries(x)``; out_gate: ``self.out_gate(x)``.
@@ -210,23 +213,25 @@ class NeuralMemory(nn.Module):
         """
         affine = [a.to(queries.dtype) for a in self.weights[self.network.depth :]]
         y = self.network.apply((*(w.to(queries.dtype) for w in maps), *affine), queries.transpose(1, 2))
-        return self.out_proj(self._gated(y.transpose(1, 2), out_gate))
+        return self.gated(y.transpose(1, 2), out_gate)
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """theta, log eta and log(1 - alpha) [B, T, heads], float32 (float64 for float64)."""
-        return self._gates(self.gates_proj(x))
+        return self.gate_values(self.gates_proj(x))
 
-    def _gates(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def gate_values(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """theta, log eta and log(1 - alpha) from what ``gates_proj`` gave."""
         z = z.unflatten(-1, (3, self.heads))
-        write, momentum, forget = (z if z.dtype == torch.float64 else z.float()).unbind(2)
+        write, momentum, forget = (z if z.dtype == torch.float64 else z.float()).unbind(-2)
         if self.gate == "sigmoid":
             return self.max_lr * torch.sigmoid(write), F.logsigmoid(momentum), F.logsigmoid(-forget)
         g = F.hardsigmoid(write)
         return self.max_lr * g, F.logsigmoid(momentum), torch.log1p(-torch.sigmoid(forget) * g)
 
-    def _gated(self, reads: Tensor, out_gate: Tensor) -> Tensor:
+    def gated(self, reads: Tensor, out_gate: Tensor) -> Tensor:
         return self.out_norm(reads).flatten(-2) * F.silu(out_gate)
 
 
-def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x, dim=-1, eps=1e-6).to(x.dtype)  # autocast would widen it
+def unit(x: Tensor) -> Tensor:
+    """x [..., D] on the unit sphere."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=x.dtype).clamp_min(1e-6)

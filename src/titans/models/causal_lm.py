@@ -1,5 +1,7 @@
 """Titans as Hugging Face models: embed, blocks, norm, head."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
@@ -8,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from titans.layers import LMM, MAC, MAG, MAL, NeuralMemory
 from titans.layers.block import Block
 from titans.layers.neural_memory import GateProjection
+from titans.memory.pieces import check_mask
 from titans.models.cache import TitansCache
 from titans.models.configuration import TitansConfig
 
@@ -97,17 +100,22 @@ class TitansModel(TitansPreTrainedModel):
         cache = past_key_values
         if use_cache and cache is None:
             cache = TitansCache(self.config.num_hidden_layers)
-        mask = None if attention_mask is None else attention_mask[:, -x.shape[1] :]
+        mask = None if attention_mask is None else check_mask(attention_mask[:, -x.shape[1] :], *x.shape[:2])
         hidden_states = []
         for i, block in enumerate(self.layers):
             hidden_states.append(x)
-            state = cache.layers[i].state if cache is not None else None  # type: ignore[union-attr]
+            layer: Any = None if cache is None else cache.layers[i]
+            stepped = layer.step(block, x) if layer is not None and mask is None and x.shape[1] == 1 else None
+            if stepped is not None:
+                x = stepped
+                continue
+            state = None if layer is None else layer.state
             if self.gradient_checkpointing and self.training:
                 x, state = self._gradient_checkpointing_func(block.__call__, x, state, mask)
             else:
                 x, state = block(x, state, mask)
-            if cache is not None:
-                cache.layers[i].update(state, x.shape[1])  # type: ignore[arg-type]
+            if layer is not None:
+                layer.update(state, x.shape[1])
         x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,

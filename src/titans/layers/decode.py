@@ -1,0 +1,172 @@
+"""Blocks that read single tokens, their state in place: what generation runs. The same numbers as ``forward``.
+
+What depends on the parameters alone is prepared once: projections of the same input are one matrix, M_0 and the
+persistent tokens' keys are copied. So a decoder belongs to one stream: make a new one where parameters have changed.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titans.layers.attention import SlidingWindowAttention, rotary_table, rotate
+from titans.layers.block import Block
+from titans.layers.common import require_finite
+from titans.layers.lmm import LMM
+from titans.layers.mac import MAC, MACState
+from titans.layers.mag import MAG, MAGState
+from titans.layers.mal import MAL
+from titans.layers.neural_memory import NeuralMemory, unit
+from titans.memory import MemoryState, State
+from titans.memory.step import Stepper
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [B, d_in] -> [B, d_out]; a single row is cheaper as a vector on a CPU."""
+    return torch.mv(weight, x[0]).unsqueeze(0) if len(x) == 1 else F.linear(x, weight)
+
+
+class MemoryDecoder:
+    """``NeuralMemory`` for single tokens, x [B, dim] -> [B, dim]."""
+
+    def __init__(self, memory: NeuralMemory, state: MemoryState):
+        self.memory, self.stepper = memory, Stepper(state, memory.start(), memory.network, memory.forget)
+        parts = memory.qkv_proj, memory.gates_proj, memory.out_gate
+        self.sizes, self.weight = [p.out_features for p in parts], torch.cat([p.weight for p in parts])
+
+    @property
+    def state(self) -> MemoryState:
+        """A copy of the state as it is now."""
+        return self.stepper.state
+
+    def __call__(self, x: Tensor) -> Tensor:
+        memory, stepper, heads = self.memory, self.stepper, (self.memory.heads, self.memory.head_dim)
+        qkv, gates, out_gate = _linear(x, self.weight).split(self.sizes, -1)
+        qkv, stepper.conv = memory.conv(qkv.unsqueeze(1), stepper.conv, None)
+        qk, v = F.silu(qkv).view(len(x), 3, *heads).to(stepper.maps[0].dtype).split((2, 1), 1)
+        q, k, v = (t.flatten(0, 1).unsqueeze(1) for t in (*unit(qk).unbind(1), v.squeeze(1)))
+        reads = stepper(q, k, v, torch.stack(memory.gate_values(gates + memory.gates_proj.bias), -1).flatten(0, 1))
+        return _linear(memory.gated(reads.view(len(x), *heads).to(x.dtype), out_gate), memory.out_proj.weight)
+
+
+class _LMMDecoder:
+    def __init__(self, block: LMM, state: MemoryState):
+        self.mix = MemoryDecoder(block.memory, state)
+
+    @property
+    def state(self) -> State:
+        return self.mix.state
+
+
+class _WindowDecoder:
+    """MAG and MAL: the memory in place; the window is small, and moved."""
+
+    def __init__(self, block: MAG | MAL, state: MAGState):
+        self.block, self.memory, self.window = block, MemoryDecoder(block.memory, state.memory), state.attention
+
+    @property
+    def state(self) -> State:
+        return MAGState(self.memory.state, self.window)
+
+    def attend(self, x: Tensor, persistent: Tensor | None = None) -> Tensor:
+        attention: SlidingWindowAttention = self.block.attention
+        y, self.window = attention(x.unsqueeze(1), self.window, None, persistent)
+        return y.squeeze(1)
+
+
+class _MAGDecoder(_WindowDecoder):
+    block: MAG
+
+    def mix(self, x: Tensor) -> Tensor:
+        return self.block.gate(x + self.attend(x, self.block.persistent), self.memory(x))
+
+
+class _MALDecoder(_WindowDecoder):
+    block: MAL
+
+    def mix(self, x: Tensor) -> Tensor:
+        y = self.memory(x)
+        return y + self.attend(self.block.memory_norm(x + y))
+
+
+class _MACDecoder:
+    """Keys and values of the open segment stand in the order [persistent | memory token, token | ...]."""
+
+    def __init__(self, block: MAC, state: MACState):
+        self.block, self.memory, self.maps = block, MemoryDecoder(block.memory, state.memory), state.maps
+        attention, memory, C = block.attention, block.memory, block.segment_length
+        inner = memory.heads * memory.head_dim
+        self.sizes = [3 * memory.dim, inner, inner]
+        self.weight = torch.cat([attention.qkv_proj.weight, memory.qkv_proj.weight[:inner], memory.out_gate.weight])
+        self.recalled = attention.qkv_proj.weight[memory.dim :] @ memory.out_proj.weight
+        self.position, self.place = state.position.clone(), int(state.position[0]) % C
+        held = state.held.unflatten(2, (2, 2)).flatten(1, 2)  # [B, 2 C, keys and values, heads, head_dim]
+        self.table = rotary_table(torch.arange(C, device=held.device), held).unsqueeze(2)
+        self.persistent = 0
+        if block.persistent is not None:
+            self.persistent = len(block.persistent)
+            held = torch.cat([torch.stack(attention.persistent(block.persistent, len(held)), 2), held], 1)
+        self.held = held.permute(2, 0, 3, 1, 4).contiguous()  # keys and values, each [B, heads, N_p + 2 C, head_dim]
+
+    @property
+    def state(self) -> State:
+        held = self.held[..., self.persistent :, :].unflatten(3, (-1, 2))  # [2, B, heads, C, 2, head_dim]
+        held = held.permute(1, 3, 4, 0, 2, 5).flatten(2, 3)
+        return MACState(self.memory.state, self.maps, held, self.position.clone())
+
+    def mix(self, x: Tensor) -> Tensor:
+        block, attention, memory, B = self.block, self.block.attention, self.block.memory, len(x)
+        qkv, queries, gate = _linear(x, self.weight).split(self.sizes, -1)
+        recalled = memory.recall(memory.as_queries(queries.unsqueeze(1)), gate.unsqueeze(1), self.maps)
+        heads = attention.heads, attention.head_dim
+        q, k, v = qkv.view(B, 3, 1, *heads).unbind(1)
+        mk, mv = _linear(recalled.squeeze(1), self.recalled).view(B, 2, 1, *heads).unbind(1)
+        q, mk, k = rotate(torch.stack([q, mk, k]), self.table[:, self.place]).squeeze(2)
+        end = self.persistent + 2 * (self.place + 1)
+        self.held[0, :, :, end - 2 : end] = torch.stack([mk, k], 2)
+        self.held[1, :, :, end - 2 : end] = torch.cat([mv, v], 1).transpose(1, 2)
+        keys, values = self.held[:, :, :, :end]
+        found = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values)
+        y = x + _linear(found.flatten(1), attention.out_proj.weight)
+        out = block.gate(y, self.memory(y))
+        self._advance()
+        return out
+
+    def _advance(self) -> None:
+        self.place += 1
+        self.position += 1
+        if self.place == self.block.segment_length:
+            self.place, self.maps = 0, tuple(self.memory.stepper.current_maps())
+            self.held[..., self.persistent :, :].zero_()
+
+
+_MIXERS: dict[type[Block], Callable] = {LMM: _LMMDecoder, MAC: _MACDecoder, MAG: _MAGDecoder, MAL: _MALDecoder}
+
+
+class Decoder:
+    """A block for single tokens: x [B, dim] -> [B, dim], going on from ``state``, whose rows stand at the same place.
+
+    ``state`` is what ``forward`` would have returned; it is a copy.
+    """
+
+    def __init__(self, block: Block, state: State):
+        self.block, self.mixer = block, _MIXERS[type(block)](block, state)
+
+    @property
+    def state(self) -> State:
+        return self.mixer.state
+
+    def __call__(self, x: Tensor) -> Tensor:
+        require_finite(x.unsqueeze(1), None)
+        x = x + self.mixer.mix(self.block.mix_norm(x))
+        return x + self.block.feed_forward(self.block.feed_forward_norm(x))
+
+
+def decoder(block: Block, state: State) -> Decoder | None:
+    """A decoder where one can go on from ``state``: no gradients, no autocast, all rows at the same place."""
+    position: Tensor = getattr(state, "memory", state).position  # type: ignore[attr-defined]
+    other_places = len(position) > 1 and bool((position != position[0]).any())
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(position.device.type) or other_places:
+        return None
+    return Decoder(block, state)
