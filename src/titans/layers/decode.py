@@ -100,7 +100,7 @@ class _MACDecoder:
         self.sizes = [3 * memory.dim, inner, inner]
         self.weight = torch.cat([attention.qkv_proj.weight, memory.qkv_proj.weight[:inner], memory.out_gate.weight])
         self.recalled = attention.qkv_proj.weight[memory.dim :] @ memory.out_proj.weight
-        self.position, self.place = state.position.clone(), int(state.position[0]) % C
+        self.place = int(state.memory.position[0]) % C
         held = state.held.unflatten(2, (2, 2)).flatten(1, 2)  # [B, 2 C, keys and values, heads, head_dim]
         self.table = rotary_table(torch.arange(C, device=held.device), held).unsqueeze(2)
         self.persistent = 0
@@ -113,7 +113,7 @@ class _MACDecoder:
     def state(self) -> State:
         held = self.held[..., self.persistent :, :].unflatten(3, (-1, 2))  # [2, B, heads, C, 2, head_dim]
         held = held.permute(1, 3, 4, 0, 2, 5).flatten(2, 3)
-        return MACState(self.memory.state, self.maps, held, self.position.clone())
+        return MACState(self.memory.state, self.maps, held)
 
     def mix(self, x: Tensor) -> Tensor:
         block, attention, memory, B = self.block, self.block.attention, self.block.memory, len(x)
@@ -135,7 +135,6 @@ class _MACDecoder:
 
     def _advance(self) -> None:
         self.place += 1
-        self.position += 1
         if self.place == self.block.segment_length:
             self.place, self.maps = 0, tuple(self.memory.stepper.current_maps())
             self.held[..., self.persistent :, :].zero_()
@@ -165,8 +164,8 @@ class Decoder:
 
 def decoder(block: Block, state: State) -> Decoder | None:
     """A decoder where one can go on from ``state``: no gradients, no autocast, all rows at the same place."""
-    position: Tensor = getattr(state, "memory", state).position  # type: ignore[attr-defined]
-    other_places = len(position) > 1 and bool((position != position[0]).any())
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(position.device.type) or other_places:
+    memory: MemoryState = getattr(state, "memory", state)  # type: ignore[assignment]
+    same = memory.read is not None or bool((memory.position == memory.position[0]).all())
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(memory.position.device.type) or not same:
         return None
     return Decoder(block, state)

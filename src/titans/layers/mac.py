@@ -18,13 +18,12 @@ class MACState(State):
     """A segment half-way through.
 
     ``memory``: written so far; ``maps``: the memory as it stood when the segment began, read by the memory tokens;
-    ``held``: keys and values of the open segment; ``position`` [B]: tokens read.
+    ``held``: keys and values of the open segment.
     """
 
     memory: MemoryState
     maps: tuple[Tensor, ...]
     held: Tensor
-    position: Tensor
 
 
 class MAC(Block):
@@ -56,15 +55,14 @@ class MAC(Block):
 
     def initial_state(self, batch: int) -> MACState:
         memory = self.memory.initial_state(batch)
-        maps = tuple(self.memory.current_maps(memory))
-        return MACState(memory, maps, self.attention.initial_state(batch), torch.zeros_like(memory.position))
+        return MACState(memory, tuple(self.memory.current_maps(memory)), self.attention.initial_state(batch))
 
     def mix(self, x: Tensor, state: MACState, lengths: Tensor | None) -> tuple[Tensor, MACState]:
         memory, maps, held, ys, reads = state.memory, state.maps, state.held, [], []
         # what does not wait for the memory of the segment before, for all segments at once
-        tokens = x, self.memory.queries(x), self.memory.out_gate(x), *self.attention.project_at(x, state.position)
+        tokens = x, self.memory.queries(x), self.memory.out_gate(x), *self.attention.project_at(x, memory.position)
         persistent = () if self.persistent is None else self.attention.persistent(self.persistent, len(x))
-        cut = Cut(state.position, lengths, x.shape[1], self.segment_length)
+        cut = Cut(memory.place, lengths, x.shape[1], self.segment_length)
         for piece, s, q, gate, *qkv in zip(cut.pieces, *map(cut.split, tokens), strict=True):
             h = self.memory.out_proj(self.memory.recall(q, gate, maps))  # eq. 21
             found, held = self.attention(qkv, h, held, piece, persistent)
@@ -78,5 +76,4 @@ class MAC(Block):
                 held = piece.where_closed(torch.zeros_like(held), held)
         y = cut.join(ys, x)
         out = self.gate(y, self.memory.output(cut.join(reads, tokens[1]), y))  # eq. 25
-        position = state.position + (x.shape[1] if lengths is None else lengths)
-        return out, MACState(memory, maps, held, position)
+        return out, MACState(memory, maps, held)

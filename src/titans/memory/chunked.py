@@ -34,7 +34,7 @@ def chunked(
     """
     B, T, H, _ = q.shape
     C, L, dtype = state.chunk_size, network.depth, q.dtype
-    cut = Cut(state.position, lengths, T, C, not info)
+    cut = Cut(state.place, lengths, T, C, not info)
     flat = _flat(state)  # every memory by itself: [B, H, ...] becomes [G, ...]
     maps, pending = list(flat.maps), flat.pending
     start = [*flat.inputs, *flat.signals]
@@ -76,8 +76,8 @@ def chunked(
     ends = [torch.zeros_like(s) if h is None else h.to(s.dtype) for h, s in zip(held, start, strict=True)]
     maps, ends = (tuple(t.unflatten(0, (B, H)) for t in ts) for ts in (maps, ends))
     pending, transition = pending.unflatten(0, (B, H)), transition.unflatten(0, (B, H))
-    position = state.position + (T if lengths is None else lengths)
-    end = MemoryState(maps, ends[:L], ends[L:], pending, transition, position)
+    place = state.after(T if lengths is None else lengths)
+    end = MemoryState(maps, ends[:L], ends[L:], pending, transition, **place)
 
     def per_token(pieces: list[Tensor]) -> Tensor:
         return cut.join([x.unflatten(0, (B, H)).transpose(1, 2) for x in pieces], gates[..., 0])
@@ -92,7 +92,8 @@ def current_maps(state: MemoryState, base: Tensors = ()) -> list[Tensor]:
     ``base``: M_0 [H, d_in, d_out], if the memory forgets towards it.
     """
     now: Sequence[Tensor] = state.weights
-    if (state.position % state.chunk_size).any():
+    unfinished = state.place % state.chunk_size
+    if unfinished if isinstance(unfinished, int) else unfinished.any():
         flat, sizes = _flat(state), state.pending.shape[:2]
         with torch.autocast(state.pending.device.type, enabled=False):
             maps = _advance(flat.maps, flat.inputs, flat.signals, flat.pending, flat.transition)

@@ -111,19 +111,20 @@ class Cut:
     """Cuts B rows of T tokens at multiples of ``size``, counted from what each row has read before.
 
     Args:
-        position: [B], tokens read before.
+        position: tokens read before, [B] or the same number in all rows.
         lengths: [B], real tokens of every left-aligned row; None: T in every row.
         merge: make whole chunks that follow each other one piece, where all rows stand at the same place.
     """
 
-    def __init__(self, position: Tensor, lengths: Tensor | None, T: int, size: int, merge: bool = False):
+    def __init__(self, position: Tensor | int, lengths: Tensor | None, T: int, size: int, merge: bool = False):
         self.index = self.inverse = None
-        offsets = (position % size).tolist()
+        offsets = [position % size] if isinstance(position, int) else (position % size).tolist()
         if lengths is None and len(set(offsets)) <= 1:
             self.pieces = list(self._even(offsets[0] if offsets else 0, T, size, merge))
         else:
-            lengths = torch.full_like(position, T) if lengths is None else lengths
-            self.pieces = self._ragged(position % size, lengths, T, size)
+            lengths = torch.full_like(position, T) if lengths is None else lengths  # type: ignore[arg-type]
+            start = torch.full_like(lengths, position) if isinstance(position, int) else position
+            self.pieces = self._ragged(start % size, lengths, T, size)
         self.T, self.widths = T, [p.width for p in self.pieces]
 
     @staticmethod

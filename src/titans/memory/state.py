@@ -150,6 +150,7 @@ class MemoryState(State):
         transition: [B, H, 2, 2], weights of the first memory and momentum in those that stand now.
         position: [B] int64, tokens read so far; ``position % C`` of them are in the open chunk.
         conv: [B, kernel - 1, channels], last inputs of a layer's short convolution (None for the bare memory).
+        read: ``position`` where it is known to be the same in all rows: no device has to be asked for it.
     """
 
     maps: tuple[Tensor, ...]
@@ -159,6 +160,7 @@ class MemoryState(State):
     transition: Tensor
     position: Tensor
     conv: Tensor | None = None
+    read: int | None = None
 
     def __post_init__(self):
         depths = {name: len(getattr(self, name)) for name in ("maps", "inputs", "signals")}
@@ -182,6 +184,7 @@ class MemoryState(State):
             pending=zeros(chunk_size, 2),
             transition=torch.eye(2, dtype=maps[0].dtype, device=maps[0].device).expand(batch, H, 2, 2),
             position=torch.zeros(batch, dtype=torch.long, device=maps[0].device),
+            read=0,
         )
 
     @property
@@ -194,9 +197,21 @@ class MemoryState(State):
         """The momentum [B, H, d_in, d_out] at the open chunk's first token."""
         return tuple(m[:, :, 1].mT if i else m[:, :, 1] for i, m in enumerate(self.maps))
 
+    @property
+    def place(self) -> Tensor | int:
+        """Tokens read so far: one number, where it is known to be the same in all rows, else [B]."""
+        return self.position if self.read is None else self.read
+
+    def after(self, tokens: Tensor | int) -> dict[str, Any]:
+        """``position`` and ``read`` after so many more tokens, [B] or the same number in all rows."""
+        read = self.read + tokens if self.read is not None and isinstance(tokens, int) else None
+        return {"position": self.position + tokens, "read": read}
+
     def since_start(self) -> Tensor:
         """``transition``, its constants made sure of: the identity where no chunk is open, zero below the diagonal."""
         same = torch.eye(2, dtype=self.transition.dtype, device=self.transition.device)
+        if self.read is not None and self.read % self.chunk_size == 0:
+            return same.expand_as(self.transition)
         closed = (self.position % self.chunk_size == 0).view(-1, 1, 1, 1)
         return torch.where(closed, same, self.transition.triu())
 

@@ -36,8 +36,7 @@ class Stepper:
         self.inputs, self.signals = ([t.flatten(0, 1).clone() for t in ts] for ts in (state.inputs, state.signals))
         # weights in memory and momentum as they stand: of the two maps the chunk began with, then of its tokens
         self.weights = torch.cat([state.since_start().mT, state.pending], 2).flatten(0, 1)
-        self.position, self.conv = state.position.clone(), state.conv
-        self.slot = int(state.position[0]) % C
+        self.read, self.conv = int(state.position[0]), state.conv
         self.mix = torch.ones_like(self.weights[:, :1, :1]).repeat(1, 1, 3)  # of a map's three, at the query
 
     @property
@@ -48,27 +47,34 @@ class Stepper:
             for ts in ([m[:, ::2] for m in self.maps], self.inputs, self.signals)
         )
         weights = self.weights.unflatten(0, self.shape).clone()
-        conv = self.conv if self.conv is None else self.conv.clone()
-        return MemoryState(maps, inputs, signals, weights[:, :, 2:], weights[:, :, :2].mT, self.position.clone(), conv)
+        return MemoryState(
+            maps, inputs, signals, pending=weights[:, :, 2:], transition=weights[:, :, :2].mT,
+            position=torch.full(self.shape[:1], self.read, device=weights.device),
+            conv=self.conv if self.conv is None else self.conv.clone(), read=self.read,
+        )  # fmt: skip
+
+    @property
+    def slot(self) -> int:
+        """Place of the next token in its chunk."""
+        return self.read % self.chunk_size
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
         """Writes one token and reads: q, k, v [G, 1, D], gates [G, 3] = (lr, log_momentum, log_retention)."""
         network, value = self.network, self.network.functions[0]
-        write, new, h = self._weigh(gates), self._write(k, v), q
+        write, new, h, slot = self._weigh(gates), self._write(k, v), q, self.slot
         for i, (map, x, d) in enumerate(zip(self.maps, self.inputs, self.signals, strict=True)):
-            x[:, self.slot], d[:, self.slot] = (t[:, 0] for t in new[i])
+            x[:, slot], d[:, slot] = (t[:, 0] for t in new[i])
             if i:
                 held = torch.bmm(h, map.flatten(1, 2).mT)
                 r = torch.bmm(self.mix, held.view(len(h), 3, -1))
             else:
                 r = torch.bmm((h * self.mix.mT).flatten(1).unsqueeze(1), map.flatten(1, 2))
-            scores = torch.bmm(h, x[:, : self.slot + 1].mT) * write
-            r = torch.baddbmm(r, scores, d[:, : self.slot + 1], alpha=-1)
+            scores = torch.bmm(h, x[:, : slot + 1].mT) * write
+            r = torch.baddbmm(r, scores, d[:, : slot + 1], alpha=-1)
             h = value(r) if i < network.depth - 1 else r
         out = network.finish(q, h, self.affine)  # type: ignore[arg-type]
-        self.slot += 1
-        self.position += 1
-        if self.slot == self.chunk_size:
+        self.read += 1
+        if self.slot == 0:
             self._close()
         return out
 
@@ -108,7 +114,6 @@ class Stepper:
             d.zero_()
         pending.zero_()
         transition.copy_(torch.eye(2, device=transition.device))
-        self.slot = 0
 
     def current_maps(self) -> list[Tensor]:
         """The memory's linear maps [B, H, d_in, d_out] after the last token."""
