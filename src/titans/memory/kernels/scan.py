@@ -1,0 +1,57 @@
+"""``scan`` by the kernels: the same arguments and results as ``memory/scan.py``, whole chunks in a row."""
+
+from collections.abc import Sequence
+from math import gcd
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from titans.memory.gates import chunk_masks
+from titans.memory.kernels import one_map, two_maps
+from titans.memory.network import MemoryMLP
+
+Tensors = Sequence[Tensor]
+BLOCK = 64
+
+
+def scan(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, maps: Tensors, base: Tensors, affine, network: MemoryMLP,
+    chunk_size: int,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """See ``titans.memory.scan.scan``; queries and keys stay as they lie, masks are [G, n, C, ...]."""
+    B, _, H, D = q.shape
+    masks = chunk_masks(gates.unflatten(1, (-1, chunk_size)).permute(0, 3, 1, 2, 4).flatten(0, 1))
+    by_head = affine and [a.view(B, H, 1, D).transpose(1, 2) for a in affine]
+    offset, gain = network.offset(k, v, by_head), affine[0] if affine else torch.ones_like(maps[0][:, 0, :1, :D])
+    out, *end = _Scan.apply(network, chunk_size, q, k, offset, *masks, gain, *base, *maps)  # type: ignore[misc]
+    return network.finish(q, out, by_head), end
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, network: MemoryMLP, C: int, *tensors):  # type: ignore[override]
+        inputs, maps = [t.contiguous() for t in tensors[: -network.depth]], tensors[-network.depth :]
+        q = inputs[0]
+        chunks = q.shape[1] // C
+        slots = chunks + 1 if any(ctx.needs_input_grad) else 2  # every chunk's start, or the last two in turn
+        held = [m.new_empty(len(m), slots, *m.shape[1:]) for m in maps]
+        for slot, m in zip(held, maps, strict=True):
+            slot[:, 0] = m
+        out = torch.empty_like(q)
+        _launch(network, C, "forward", inputs, held, [out])
+        ctx.network, ctx.chunk_size = network, C
+        ctx.save_for_backward(*inputs, *held)
+        return out, *(h[:, chunks % slots].clone() for h in held)
+
+
+def _launch(network: MemoryMLP, C: int, kernel: str, inputs: Tensors, held: Tensors, results: Tensors) -> None:
+    """One program for every memory."""
+    q, offset_to_gain, base = inputs[0], inputs[1:8], inputs[8:]
+    module = two_maps if network.depth == 2 else one_map
+    D, HIDDEN = held[0].shape[-2:]
+    getattr(module, kernel)[(len(held[0]),)](
+        q, *offset_to_gain, *(base or held), *held, *results, q.shape[2], q.shape[1] // C, held[0].shape[1],
+        network.norm_eps, C=C, D=D, HIDDEN=HIDDEN, BLOCK=gcd(HIDDEN, BLOCK), ACT=network.activation, NORM=network.norm,
+        BASE=bool(base),
+    )  # fmt: skip
