@@ -8,10 +8,10 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def product(a, b):
-    """a b, summed in float32; float32 operands are not cut to TF32."""
+    """a b, summed in float32; float32 operands as three of TF32, which keep their digits."""
     if INTERPRETED:  # it multiplies the bit patterns of bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
@@ -24,37 +24,146 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def token_rows(memory, chunk, chunks, H, C: tl.constexpr, D: tl.constexpr):
-    """Where a chunk's rows lie in [B, T, H, D], memory = b H + h: offsets [C, D]."""
-    first = (memory // H * chunks * C + chunk * C) * H + memory % H
-    return (first + tl.arange(0, C)[:, None] * H) * D + tl.arange(0, D)[None, :]
-
-
-@triton.jit
 def tile(rows: tl.constexpr, columns: tl.constexpr, width):
     """Offsets [rows, columns] in a matrix of that width."""
     return tl.arange(0, rows)[:, None] * width + tl.arange(0, columns)[None, :]
 
 
 @triton.jit
-def columns(pointer, C: tl.constexpr):
-    """The two columns of a [C, 2], each as [C, 1]."""
-    at = pointer + 2 * tl.arange(0, C)[:, None]
-    return tl.load(at), tl.load(at + 1)
+def token_rows(memory, chunk, chunks, H, C: tl.constexpr, D: tl.constexpr):
+    """Offsets [C, D] of a chunk's rows in [B, T, H, D], memory = b H + h."""
+    return ((memory // H * chunks + chunk) * C * H + memory % H) * D + tile(C, D, H * D)
 
 
 @triton.jit
-def store_columns(pointer, first, second, C: tl.constexpr):
-    """The inverse of ``columns``, from two [C]."""
-    at = pointer + 2 * tl.arange(0, C)
-    tl.store(at, first)
-    tl.store(at + 1, second)
+def load_masks(write, read, to_state, transition, index, C: tl.constexpr):
+    """``ChunkMasks`` of a chunk: [C, C], four [C, 1], and the three entries of the transition that are not zero."""
+    read += index * 2 * C + 2 * tl.arange(0, C)[:, None]
+    to_state += index * 2 * C + 2 * tl.arange(0, C)[:, None]
+    transition += index * 4
+    return (
+        tl.load(write + index * C * C + tile(C, C, C)), tl.load(read), tl.load(read + 1), tl.load(to_state),
+        tl.load(to_state + 1), tl.load(transition), tl.load(transition + 1), tl.load(transition + 3),
+    )  # fmt: skip
+
+
+@triton.jit
+def store_masks(write, read, to_state, transition, index, C: tl.constexpr, gwrite, gread, gto_state, gtransition):
+    """Where ``load_masks`` found them."""
+    read += index * 2 * C + 2 * tl.arange(0, C)
+    to_state += index * 2 * C + 2 * tl.arange(0, C)
+    transition += index * 4
+    tl.store(write + index * C * C + tile(C, C, C), gwrite)
+    tl.store(read, gread[0])
+    tl.store(read + 1, gread[1])
+    tl.store(to_state, gto_state[0])
+    tl.store(to_state + 1, gto_state[1])
+    tl.store(transition, gtransition[0])
+    tl.store(transition + 1, gtransition[1])
+    tl.store(transition + 2, 0.0)
+    tl.store(transition + 3, gtransition[2])
+
+
+@triton.jit
+def load(at, dtype: tl.constexpr):
+    return cast(tl.load(at), dtype)
+
+
+@triton.jit
+def frozen(held, base, dtype: tl.constexpr, BASE: tl.constexpr):
+    """The map at which a chunk's gradients are taken."""
+    w = tl.load(held)
+    if BASE:
+        w += tl.load(base)
+    return cast(w, dtype)
+
+
+@triton.jit
+def add(at, x):
+    old = tl.load(at)
+    tl.debug_barrier()  # every thread has read
+    tl.store(at, old + x)
+
+
+@triton.jit
+def mixed(x, w, s, beta, f):
+    """What x [C, ...] reads from memory and momentum."""
+    return beta * product(x, w) + f * product(x, s)
+
+
+@triton.jit
+def mixed_backward(g, x, w, s, beta, f):
+    """Gradients of x, beta and f from that of ``mixed``; w and s are transposed against it."""
+    gw, gs = product(g, w), product(g, s)
+    return beta * gw + f * gs, tl.sum(x * gw, 1), tl.sum(x * gs, 1)
+
+
+@triton.jit
+def advance(old, new, map, a, b, to_w, to_s, keep, mix, fade):
+    """A map and its momentum after the chunk: every token takes away its narrow side a times its wide side b."""
+    w, s = tl.load(old), tl.load(old + map)
+    tl.store(new, keep * w + mix * s - product(tl.trans(a), cast(b * to_w, a.dtype)))
+    tl.store(new + map, fade * s - product(tl.trans(a), cast(b * to_s, a.dtype)))
+
+
+@triton.jit
+def advance_backward(after, map, a, b, to_w, to_s):
+    """Gradients of a, b, to_w and to_s from those of map and momentum after the chunk."""
+    gw, gs, operand = load(after, a.dtype), load(after + map, a.dtype), cast(b, a.dtype)
+    bw, bs = product(a, gw), product(a, gs)
+    ga = to_w * product(operand, tl.trans(gw)) + to_s * product(operand, tl.trans(gs))
+    return -ga, -(to_w * bw + to_s * bs), -tl.sum(b * bw, 1), -tl.sum(b * bs, 1)
+
+
+@triton.jit
+def retreat(after, held, map, a, b, more, beta, f, keep, mix, fade):
+    """Gradients of map and momentum before the chunk, in place of those after it; returns the transition's.
+
+    The chunk read the narrow side a times the wide side b, beta and f of it; ``more`` is the gradients' point's own.
+    """
+    gw, gs, w, s = tl.load(after), tl.load(after + map), tl.load(held), tl.load(held + map)
+    tl.debug_barrier()  # every thread has read
+    tl.store(after, keep * gw + product(tl.trans(a), cast(b * beta, a.dtype)) + more)
+    tl.store(after + map, mix * gw + fade * gs + product(tl.trans(a), cast(b * f, a.dtype)))
+    return tl.sum(gw * w), tl.sum(gw * s), tl.sum(gs * s)
 
 
 @triton.jit
 def mean(x):
     """Of every row, [C, 1]."""
     return (tl.sum(x, 1) / x.shape[1])[:, None]
+
+
+@triton.jit
+def norm_backward(grad, unit, rstd):
+    return rstd * (grad - mean(grad) - unit * mean(grad * unit))
+
+
+@triton.jit
+def signal(z, offset, gain, eps, NORM: tl.constexpr):
+    """Gradient of the loss at the last map's output z [C, D]; and unit, rstd, error for its own backward."""
+    if NORM:
+        centred = z - mean(z)
+        rstd = 1 / tl.sqrt(mean(centred * centred) + eps)
+        unit = centred * rstd
+        error = offset + unit * gain
+        return norm_backward(2 * gain * error, unit, rstd), unit, rstd, error
+    else:
+        error = offset + z
+        return 2 * error, z, 1.0, error
+
+
+@triton.jit
+def signal_backward(gd, d, gain, unit, rstd, error, NORM: tl.constexpr):
+    """Gradients of z and offset [C, D], and of gain [D], from that of the signal d."""
+    if NORM:
+        grad, ggrad = 2 * gain * error, norm_backward(gd, unit, rstd)
+        gerror = 2 * gain * ggrad
+        gunit = gain * gerror - rstd * (mean(grad * unit) * gd + mean(gd * unit) * grad)
+        gz = norm_backward(gunit, unit, rstd) - unit * rstd * mean(gd * d)
+        return gz, gerror, tl.sum(gerror * unit + 2 * error * ggrad, 0)
+    else:
+        return 2 * gd, 2 * gd, tl.zeros([gd.shape[1]], tl.float32)
 
 
 @triton.jit
@@ -90,36 +199,3 @@ def curvature(z, ACT: tl.constexpr):
         return s * (1 - s) * (2 + z * (1 - 2 * s))
     else:
         return tl.zeros_like(z)
-
-
-@triton.jit
-def norm_backward(grad, unit, rstd):
-    return rstd * (grad - mean(grad) - unit * mean(grad * unit))
-
-
-@triton.jit
-def signal(z, offset, gain, eps, NORM: tl.constexpr):
-    """Gradient of the loss at the last map's output z [C, D]; and unit, rstd, error for its own backward."""
-    unit, rstd = z, 1.0
-    if NORM:
-        centred = z - mean(z)
-        rstd = 1 / tl.sqrt(mean(centred * centred) + eps)
-        unit = centred * rstd
-        error = offset + unit * gain
-        return norm_backward(2 * gain * error, unit, rstd), unit, rstd, error
-    else:
-        error = offset + z
-        return 2 * error, unit, rstd, error
-
-
-@triton.jit
-def signal_backward(gd, d, gain, unit, rstd, error, NORM: tl.constexpr):
-    """Gradients of z and offset [C, D], and of gain [D], from that of the signal d."""
-    if NORM:
-        grad, ggrad = 2 * gain * error, norm_backward(gd, unit, rstd)
-        gerror = 2 * gain * ggrad
-        gunit = gain * gerror - rstd * (mean(grad * unit) * gd + mean(gd * unit) * grad)
-        gz = norm_backward(gunit, unit, rstd) - unit * rstd * mean(gd * d)
-        return gz, gerror, tl.sum(gerror * unit + 2 * error * ggrad, 0)
-    else:
-        return 2 * gd, 2 * gd, tl.sum(gd * 0, 0)

@@ -30,28 +30,44 @@ def scan(
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, network: MemoryMLP, C: int, *tensors):  # type: ignore[override]
+    def forward(ctx, network: MemoryMLP, chunk_size: int, *tensors):  # type: ignore[override]
         inputs, maps = [t.contiguous() for t in tensors[: -network.depth]], tensors[-network.depth :]
-        q = inputs[0]
-        chunks = q.shape[1] // C
-        slots = chunks + 1 if any(ctx.needs_input_grad) else 2  # every chunk's start, or the last two in turn
+        chunks = inputs[0].shape[1] // chunk_size
+        slots = chunks + 1 if any(ctx.needs_input_grad) else 2  # the start of every chunk, or of two in turn
         held = [m.new_empty(len(m), slots, *m.shape[1:]) for m in maps]
         for slot, m in zip(held, maps, strict=True):
             slot[:, 0] = m
-        out = torch.empty_like(q)
-        _launch(network, C, "forward", inputs, held, [out])
-        ctx.network, ctx.chunk_size = network, C
+        out = torch.empty_like(inputs[0])
+        _launch("forward", network, chunk_size, inputs, held, [out])
+        ctx.network, ctx.chunk_size = network, chunk_size
         ctx.save_for_backward(*inputs, *held)
         return out, *(h[:, chunks % slots].clone() for h in held)
 
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gout, *gmaps):  # type: ignore[override]
+        network, C = ctx.network, ctx.chunk_size
+        inputs, held = ctx.saved_tensors[: -network.depth], ctx.saved_tensors[-network.depth :]
+        gmaps = [g.clone(memory_format=torch.contiguous_format) for g in gmaps]
+        grads = [torch.empty_like(t) for t in inputs[:FIXED]] + [torch.zeros_like(t) for t in inputs[FIXED:]]
+        gbase = grads[FIXED:] or gmaps  # not touched without base
+        scratch = [m.new_empty(len(m), C, m.shape[-1]) for m in gmaps[1:]]
+        _launch("backward", network, C, inputs, held, [gout.contiguous(), *gmaps, *grads[:FIXED], *gbase, *scratch])
+        return None, None, *grads, *gmaps
 
-def _launch(network: MemoryMLP, C: int, kernel: str, inputs: Tensors, held: Tensors, results: Tensors) -> None:
+
+FIXED = 8  # inputs of every kernel, up to gain; base follows
+
+
+def _launch(kernel: str, network: MemoryMLP, C: int, inputs: Tensors, held: Tensors, others: Tensors) -> None:
     """One program for every memory."""
-    q, offset_to_gain, base = inputs[0], inputs[1:8], inputs[8:]
+    q, (D, HIDDEN) = inputs[0], held[0].shape[-2:]
+    base = inputs[FIXED:]
+    sizes = {"C": C, "D": D, "NORM": network.norm, "BASE": bool(base)}
+    if network.depth == 2:
+        sizes |= {"HIDDEN": HIDDEN, "BLOCK": gcd(HIDDEN, BLOCK), "ACT": network.activation}
     module = two_maps if network.depth == 2 else one_map
-    D, HIDDEN = held[0].shape[-2:]
     getattr(module, kernel)[(len(held[0]),)](
-        q, *offset_to_gain, *(base or held), *held, *results, q.shape[2], q.shape[1] // C, held[0].shape[1],
-        network.norm_eps, C=C, D=D, HIDDEN=HIDDEN, BLOCK=gcd(HIDDEN, BLOCK), ACT=network.activation, NORM=network.norm,
-        BASE=bool(base),
+        *inputs[:FIXED], *(base or held), *held, *others, q.shape[2], q.shape[1] // C, held[0].shape[1],
+        network.norm_eps, **sizes,
     )  # fmt: skip
