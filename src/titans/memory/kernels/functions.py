@@ -37,31 +37,38 @@ def token_rows(memory, chunk, chunks, H, C: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def load_masks(write, read, to_state, transition, index, C: tl.constexpr):
-    """``ChunkMasks`` of a chunk: [C, C], four [C, 1], and the three entries of the transition that are not zero."""
+    """``ChunkMasks`` of a chunk: [C, C], twice two [C, 1], and (beta, f, m) of the transition."""
     read += index * 2 * C + 2 * tl.arange(0, C)[:, None]
     to_state += index * 2 * C + 2 * tl.arange(0, C)[:, None]
     transition += index * 4
     return (
-        tl.load(write + index * C * C + tile(C, C, C)), tl.load(read), tl.load(read + 1), tl.load(to_state),
-        tl.load(to_state + 1), tl.load(transition), tl.load(transition + 1), tl.load(transition + 3),
-    )  # fmt: skip
+        tl.load(write + index * C * C + tile(C, C, C)),
+        (tl.load(read), tl.load(read + 1)),
+        (tl.load(to_state), tl.load(to_state + 1)),
+        (tl.load(transition), tl.load(transition + 1), tl.load(transition + 3)),
+    )
 
 
 @triton.jit
-def store_masks(write, read, to_state, transition, index, C: tl.constexpr, gwrite, gread, gto_state, gtransition):
-    """Where ``load_masks`` found them."""
-    read += index * 2 * C + 2 * tl.arange(0, C)
-    to_state += index * 2 * C + 2 * tl.arange(0, C)
+def store_pair(columns, index, pair, C: tl.constexpr):
+    """Two [C] as the columns of a chunk's [C, 2]."""
+    columns += index * 2 * C + 2 * tl.arange(0, C)
+    tl.store(columns, pair[0])
+    tl.store(columns + 1, pair[1])
+
+
+@triton.jit
+def store_transition(transition, index, entries):
     transition += index * 4
-    tl.store(write + index * C * C + tile(C, C, C), gwrite)
-    tl.store(read, gread[0])
-    tl.store(read + 1, gread[1])
-    tl.store(to_state, gto_state[0])
-    tl.store(to_state + 1, gto_state[1])
-    tl.store(transition, gtransition[0])
-    tl.store(transition + 1, gtransition[1])
+    tl.store(transition, entries[0])
+    tl.store(transition + 1, entries[1])
     tl.store(transition + 2, 0.0)
-    tl.store(transition + 3, gtransition[2])
+    tl.store(transition + 3, entries[2])
+
+
+@triton.jit
+def add_pairs(a, b):
+    return a[0] + b[0], a[1] + b[1]
 
 
 @triton.jit
@@ -81,50 +88,52 @@ def frozen(held, base, dtype: tl.constexpr, BASE: tl.constexpr):
 @triton.jit
 def add(at, x):
     old = tl.load(at)
-    tl.debug_barrier()  # every thread has read
+    tl.debug_barrier()  # a thread may store what another one loads
     tl.store(at, old + x)
 
 
 @triton.jit
-def mixed(x, w, s, beta, f):
-    """What x [C, ...] reads from memory and momentum."""
-    return beta * product(x, w) + f * product(x, s)
+def mixed(x, w, s, read):
+    """What x [C, ...] reads from a map and its momentum."""
+    return read[0] * product(x, w) + read[1] * product(x, s)
 
 
 @triton.jit
-def mixed_backward(g, x, w, s, beta, f):
-    """Gradients of x, beta and f from that of ``mixed``; w and s are transposed against it."""
+def mixed_backward(g, x, w, s, read):
+    """Gradients of x and read from that of ``mixed``; w and s are transposed against it."""
     gw, gs = product(g, w), product(g, s)
-    return beta * gw + f * gs, tl.sum(x * gw, 1), tl.sum(x * gs, 1)
+    return read[0] * gw + read[1] * gs, (tl.sum(x * gw, 1), tl.sum(x * gs, 1))
 
 
 @triton.jit
-def advance(old, new, map, a, b, to_w, to_s, keep, mix, fade):
-    """A map and its momentum after the chunk: every token takes away its narrow side a times its wide side b."""
+def advance(old, new, map, a, b, to_state, transition):
+    """A map and its momentum after the chunk: a token's gradient is its narrow side a times its wide side b."""
     w, s = tl.load(old), tl.load(old + map)
-    tl.store(new, keep * w + mix * s - product(tl.trans(a), cast(b * to_w, a.dtype)))
-    tl.store(new + map, fade * s - product(tl.trans(a), cast(b * to_s, a.dtype)))
+    written, felt = cast(b * to_state[0], a.dtype), cast(b * to_state[1], a.dtype)
+    tl.store(new, transition[0] * w + transition[1] * s - product(tl.trans(a), written))
+    tl.store(new + map, transition[2] * s - product(tl.trans(a), felt))
 
 
 @triton.jit
-def advance_backward(after, map, a, b, to_w, to_s):
-    """Gradients of a, b, to_w and to_s from those of map and momentum after the chunk."""
+def advance_backward(after, map, a, b, to_state):
+    """Gradients of a, b and to_state from those of map and momentum after the chunk."""
     gw, gs, operand = load(after, a.dtype), load(after + map, a.dtype), cast(b, a.dtype)
-    bw, bs = product(a, gw), product(a, gs)
-    ga = to_w * product(operand, tl.trans(gw)) + to_s * product(operand, tl.trans(gs))
-    return -ga, -(to_w * bw + to_s * bs), -tl.sum(b * bw, 1), -tl.sum(b * bs, 1)
+    ga = mixed(operand, tl.trans(gw), tl.trans(gs), to_state)
+    gb, (gto_w, gto_s) = mixed_backward(a, b, gw, gs, to_state)
+    return -ga, -gb, (-gto_w, -gto_s)
 
 
 @triton.jit
-def retreat(after, held, map, a, b, more, beta, f, keep, mix, fade):
+def retreat(after, held, map, a, b, more, read, transition):
     """Gradients of map and momentum before the chunk, in place of those after it; returns the transition's.
 
-    The chunk read the narrow side a times the wide side b, beta and f of it; ``more`` is the gradients' point's own.
+    a [C, D] times b [C, BLOCK], mixed by ``read``, came from the reads; ``more`` is the frozen map's gradient.
     """
     gw, gs, w, s = tl.load(after), tl.load(after + map), tl.load(held), tl.load(held + map)
-    tl.debug_barrier()  # every thread has read
-    tl.store(after, keep * gw + product(tl.trans(a), cast(b * beta, a.dtype)) + more)
-    tl.store(after + map, mix * gw + fade * gs + product(tl.trans(a), cast(b * f, a.dtype)))
+    tl.debug_barrier()  # a thread may store what another one loads
+    through_w, through_s = cast(b * read[0], a.dtype), cast(b * read[1], a.dtype)
+    tl.store(after, transition[0] * gw + product(tl.trans(a), through_w) + more)
+    tl.store(after + map, transition[1] * gw + transition[2] * gs + product(tl.trans(a), through_s))
     return tl.sum(gw * w), tl.sum(gw * s), tl.sum(gs * s)
 
 

@@ -51,8 +51,11 @@ class _Scan(torch.autograd.Function):
         gmaps = [g.clone(memory_format=torch.contiguous_format) for g in gmaps]
         grads = [torch.empty_like(t) for t in inputs[:FIXED]] + [torch.zeros_like(t) for t in inputs[FIXED:]]
         gbase = grads[FIXED:] or gmaps  # not touched without base
-        scratch = [m.new_empty(len(m), C, m.shape[-1]) for m in gmaps[1:]]
-        _launch("backward", network, C, inputs, held, [gout.contiguous(), *gmaps, *grads[:FIXED], *gbase, *scratch])
+        passed = []  # from loop to loop over the hidden dimension
+        if network.depth == 2:
+            wide = (len(held[0]), C, held[0].shape[-1])
+            passed = [held[0].new_empty(wide), *(gout.new_empty(wide) for _ in range(3))]
+        _launch("backward", network, C, inputs, held, [gout.contiguous(), *gmaps, *grads[:FIXED], *gbase, *passed])
         return None, None, *grads, *gmaps
 
 

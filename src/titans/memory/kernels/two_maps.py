@@ -2,27 +2,46 @@
 
 Names: x, z at the keys, d, u the loss's signals there; h, r at the queries; w, s a map and its momentum, g... gradients.
 Both maps are held as [2, D, HIDDEN], the second transposed. Their hidden dimension is worked through in blocks: what
-all blocks add up to, z2, r2 and gd2, is only [C, D]. In ``slots`` the state is read at chunk c and written at c + 1.
+all blocks add up to, as z2, r2 and gd2, is only [C, D]. In ``slots`` chunk c finds the state at c and leaves it at c + 1.
 """
 
 import triton
 import triton.language as tl
 
 from titans.memory.kernels.functions import (
-    add, advance, advance_backward, cast, curvature, frozen, load, load_masks, mixed, mixed_backward, product, retreat,
-    signal, signal_backward, slope, store_masks, tile, token_rows, value,
+    add, add_pairs, advance, advance_backward, cast, curvature, frozen, load, load_masks, mixed, mixed_backward, product,
+    retreat, signal, signal_backward, slope, store_pair, store_transition, tile, token_rows, value,
 )  # fmt: skip
 
 
 @triton.jit
-def last_output(k, w1, w2, base1, base2, D, HIDDEN, BLOCK, ACT, BASE):
-    """Output of the second map at the keys, [C, D]."""
+def last_output(k, state, block, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, BASE: tl.constexpr):
+    """z2 [C, D] at the keys."""
+    w1, w2, base1, base2 = state
     z2 = tl.zeros(k.shape, tl.float32)
     for j in range(0, HIDDEN, BLOCK):
-        block = j + tile(D, BLOCK, HIDDEN)
-        x = value(product(k, frozen(w1 + block, base1 + block, k.dtype, BASE)), ACT)
-        z2 += product(cast(x, k.dtype), tl.trans(frozen(w2 + block, base2 + block, k.dtype, BASE)))
+        here = j + block
+        x = value(product(k, frozen(w1 + here, base1 + here, k.dtype, BASE)), ACT)
+        z2 += product(cast(x, k.dtype), tl.trans(frozen(w2 + here, base2 + here, k.dtype, BASE)))
     return z2
+
+
+@triton.jit
+def keys(k, d2, state, here, ACT: tl.constexpr, BASE: tl.constexpr):
+    """A block of z, u, x and d of the first map's output."""
+    w1, w2, base1, base2 = state
+    z = product(k, frozen(w1 + here, base1 + here, k.dtype, BASE))
+    u = product(d2, frozen(w2 + here, base2 + here, k.dtype, BASE))
+    return z, u, value(z, ACT), u * slope(z, ACT)
+
+
+@triton.jit
+def first_read(q, d1, scores1, w1, base1, map, read, BASE: tl.constexpr):
+    """A block of r."""
+    r = mixed(q, load(w1, q.dtype), load(w1 + map, q.dtype), read) - product(scores1, cast(d1, q.dtype))
+    if BASE:
+        r += product(q, load(base1, q.dtype))
+    return r
 
 
 @triton.jit
@@ -31,152 +50,183 @@ def forward(
     C: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
     BASE: tl.constexpr,
 ):  # fmt: skip
-    memory, map, dtype = tl.program_id(0).to(tl.int64), D * HIDDEN, q.dtype.element_ty
-    gain_ = tl.load(gain + memory * D + tl.arange(0, D))[None, :]
+    memory = tl.program_id(0).to(tl.int64)
+    map: tl.constexpr = D * HIDDEN
+    dtype: tl.constexpr = q.dtype.element_ty
+    block = tile(D, BLOCK, HIDDEN)
     base1 += memory * map
     base2 += memory * map
+    gain_ = tl.load(gain + memory * D + tl.arange(0, D))[None, :]
     for c in range(chunks):
         index, rows = memory * chunks + c, token_rows(memory, c, chunks, H, C, D)
-        here, after = (memory * slots + c % slots) * 2 * map, (memory * slots + (c + 1) % slots) * 2 * map
+        before, after = (memory * slots + c % slots) * 2 * map, (memory * slots + (c + 1) % slots) * 2 * map
+        state = (slots1 + before, slots2 + before, base1, base2)
         q_, k_ = tl.load(q + rows), tl.load(k + rows)
-        write_, beta, f, to_w, to_s, keep, mix, fade = load_masks(write, read, to_state, transition, index, C)
-        z2 = last_output(k_, slots1 + here, slots2 + here, base1, base2, D, HIDDEN, BLOCK, ACT, BASE)
-        d2, _, _, _ = signal(z2, tl.load(offset + rows), gain_, eps, NORM)
-        d2 = cast(d2, dtype)
+        write_, read_, to_state_, transition_ = load_masks(write, read, to_state, transition, index, C)
+        z2 = last_output(k_, state, block, HIDDEN, BLOCK, ACT, BASE)
+        d2 = cast(signal(z2, tl.load(offset + rows), gain_, eps, NORM)[0], dtype)
         scores1 = cast(product(q_, tl.trans(k_)) * write_, dtype)
-        raw, r2 = tl.zeros([C, C], tl.float32), tl.zeros([C, D], tl.float32)
+        raw2, r2 = tl.zeros([C, C], tl.float32), tl.zeros([C, D], tl.float32)
         for j in range(0, HIDDEN, BLOCK):
-            block = j + tile(D, BLOCK, HIDDEN)
-            w1, w2 = slots1 + here + block, slots2 + here + block
-            z = product(k_, frozen(w1, base1 + block, dtype, BASE))
-            x, d1 = value(z, ACT), product(d2, frozen(w2, base2 + block, dtype, BASE)) * slope(z, ACT)
-            r = mixed(q_, load(w1, dtype), load(w1 + map, dtype), beta, f) - product(scores1, cast(d1, dtype))
+            here = j + block
+            w1, w2 = state[0] + here, state[1] + here
+            _, _, x, d1 = keys(k_, d2, state, here, ACT, BASE)
+            h = cast(value(first_read(q_, d1, scores1, w1, base1 + here, map, read_, BASE), ACT), dtype)
+            raw2 += product(h, tl.trans(cast(x, dtype)))
+            r2 += mixed(h, tl.trans(load(w2, dtype)), tl.trans(load(w2 + map, dtype)), read_)
             if BASE:
-                r += product(q_, load(base1 + block, dtype))
-            h = cast(value(r, ACT), dtype)
-            raw += product(h, tl.trans(cast(x, dtype)))
-            r2 += mixed(h, tl.trans(load(w2, dtype)), tl.trans(load(w2 + map, dtype)), beta, f)
-            if BASE:
-                r2 += product(h, tl.trans(load(base2 + block, dtype)))
-            advance(w1, slots1 + after + block, map, k_, d1, to_w, to_s, keep, mix, fade)
-            advance(w2, slots2 + after + block, map, d2, x, to_w, to_s, keep, mix, fade)
-        r2 -= product(cast(raw * write_, dtype), d2)
-        tl.store(out + rows, cast(r2, dtype))
-        tl.debug_barrier()  # what was written is there for the next chunk
+                r2 += product(h, tl.trans(load(base2 + here, dtype)))
+            advance(w1, slots1 + after + here, map, k_, d1, to_state_, transition_)
+            advance(w2, slots2 + after + here, map, d2, x, to_state_, transition_)
+        tl.store(out + rows, cast(r2 - product(cast(raw2 * write_, dtype), d2), dtype))
+        tl.debug_barrier()  # what was stored is there for the next chunk
 
 
 @triton.jit
 def backward(
     q, k, offset, write, read, to_state, transition, gain, base1, base2, slots1, slots2, gout, gmaps1, gmaps2,
-    gq, gk, goffset, gwrite, gread, gto_state, gtransition, ggain, gbase1, gbase2, gz1, H, chunks, slots, eps,
+    gq, gk, goffset, gwrite, gread, gto_state, gtransition, ggain, gbase1, gbase2, gz1, gr, h, gu, H, chunks, slots, eps,
     C: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
     BASE: tl.constexpr,
 ):  # fmt: skip
-    """``gmaps`` hold the gradients of the maps after chunk c, gz1 [C, HIDDEN] what is known of z1's before gz2 is."""
-    memory, map, dtype = tl.program_id(0).to(tl.int64), D * HIDDEN, q.dtype.element_ty
-    gain_, ggain_ = tl.load(gain + memory * D + tl.arange(0, D))[None, :], tl.zeros([D], tl.float32)
+    """``gmaps``: from after the last chunk to before the first; gz1, gr, h, gu [G, C, HIDDEN] pass from loop to loop."""
+    memory = tl.program_id(0).to(tl.int64)
+    map: tl.constexpr = D * HIDDEN
+    dtype: tl.constexpr = q.dtype.element_ty
+    block = tile(D, BLOCK, HIDDEN)
+    wide = memory * C * HIDDEN + tile(C, BLOCK, HIDDEN)
+    passed = (gz1 + wide, gr + wide, h + wide, gu + wide)
     base1 += memory * map
     base2 += memory * map
-    gbase1 += memory * map
-    gbase2 += memory * map
-    gmaps1 += memory * 2 * map
-    gmaps2 += memory * 2 * map
-    gz1 += memory * C * HIDDEN + tile(C, BLOCK, HIDDEN)
+    ends = (gmaps1 + memory * 2 * map, gmaps2 + memory * 2 * map, gbase1 + memory * map, gbase2 + memory * map)
+    gain_, ggain_ = tl.load(gain + memory * D + tl.arange(0, D))[None, :], tl.zeros([D], tl.float32)
     for step in range(chunks):
         c = chunks - 1 - step
         index, rows = memory * chunks + c, token_rows(memory, c, chunks, H, C, D)
-        here = (memory * slots + c) * 2 * map
+        before = (memory * slots + c) * 2 * map
+        state = (slots1 + before, slots2 + before, base1, base2)
         q_, k_, g_ = tl.load(q + rows), tl.load(k + rows), tl.load(gout + rows)
-        write_, beta, f, to_w, to_s, keep, mix, fade = load_masks(write, read, to_state, transition, index, C)
-        z2 = last_output(k_, slots1 + here, slots2 + here, base1, base2, D, HIDDEN, BLOCK, ACT, BASE)
+        write_, read_, to_state_, transition_ = load_masks(write, read, to_state, transition, index, C)
+        z2 = last_output(k_, state, block, HIDDEN, BLOCK, ACT, BASE)
         d2_, unit, rstd, error = signal(z2, tl.load(offset + rows), gain_, eps, NORM)
         d2 = cast(d2_, dtype)
         raw1, graw2 = product(q_, tl.trans(k_)), -product(g_, tl.trans(d2))
         scores1, gscores2 = cast(raw1 * write_, dtype), cast(graw2 * write_, dtype)
-        raw2, graw1 = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-        gq_, gk_, gd2 = tl.zeros([C, D], tl.float32), tl.zeros([C, D], tl.float32), tl.zeros([C, D], tl.float32)
-        gbeta, gf, gto_w, gto_s = (tl.zeros([C], tl.float32),) * 4
-        gkeep, gmix, gfade = 0.0, 0.0, 0.0
-        for j in range(0, HIDDEN, BLOCK):
-            block = j + tile(D, BLOCK, HIDDEN)
-            w1, w2 = slots1 + here + block, slots2 + here + block
-            # as in the forward
-            z = product(k_, frozen(w1, base1 + block, dtype, BASE))
-            u = product(d2, frozen(w2, base2 + block, dtype, BASE))
-            x_, d1_ = value(z, ACT), u * slope(z, ACT)
-            x, d1 = cast(x_, dtype), cast(d1_, dtype)
-            r = mixed(q_, load(w1, dtype), load(w1 + map, dtype), beta, f) - product(scores1, d1)
-            if BASE:
-                r += product(q_, load(base1 + block, dtype))
-            h_ = value(r, ACT)
-            h = cast(h_, dtype)
-            raw2 += product(h, tl.trans(x))
-            # the queries, last map first
-            gh, a, b = mixed_backward(g_, h_, load(w2, dtype), load(w2 + map, dtype), beta, f)
-            gbeta += a
-            gf += b
-            gh += product(gscores2, x)
-            if BASE:
-                gh += product(g_, load(base2 + block, dtype))
-            gr_ = gh * slope(r, ACT)
-            gr = cast(gr_, dtype)
-            g, a, b = mixed_backward(
-                gr, q_, tl.trans(load(w1, dtype)), tl.trans(load(w1 + map, dtype)), beta, f
-            )
-            gq_ += g
-            gbeta += a
-            gf += b
-            if BASE:
-                gq_ += product(gr, tl.trans(load(base1 + block, dtype)))
-            graw1 -= product(gr, tl.trans(d1))
-            # the maps after the chunk, and what of the keys does not wait for gz2
-            g, gd1, a, b = advance_backward(gmaps1 + block, map, k_, d1_, to_w, to_s)
-            gk_ += g
-            gto_w += a
-            gto_s += b
-            g, gx, a, b = advance_backward(gmaps2 + block, map, d2, x_, to_w, to_s)
-            gd2 += g
-            gto_w += a
-            gto_s += b
-            gx += product(tl.trans(gscores2), h)
-            gd1 -= product(tl.trans(scores1), gr)
-            gu = cast(gd1 * slope(z, ACT), dtype)
-            gd2 += product(gu, tl.trans(frozen(w2, base2 + block, dtype, BASE)))
-            tl.store(gz1 + j, gx * slope(z, ACT) + gd1 * u * curvature(z, ACT))
-            gw2 = product(tl.trans(d2), gu)
-            if BASE:
-                add(gbase1 + block, product(tl.trans(q_), gr))
-                add(gbase2 + block, product(tl.trans(g_), h) + gw2)
-            a, b, g = retreat(gmaps1 + block, w1, map, q_, gr_, 0.0, beta, f, keep, mix, fade)
-            gkeep, gmix, gfade = gkeep + a, gmix + b, gfade + g
-            a, b, g = retreat(gmaps2 + block, w2, map, g_, h_, gw2, beta, f, keep, mix, fade)
-            gkeep, gmix, gfade = gkeep + a, gmix + b, gfade + g
 
-        gd2 -= product(tl.trans(cast(raw2 * write_, dtype)), g_)
+        gq_, gread_, raw2, graw1 = reads_backward(
+            q_, k_, g_, d2, scores1, gscores2, state, block, passed, read_, HIDDEN, BLOCK, ACT, BASE
+        )
+        tl.debug_barrier()  # what was stored is there for the next loop
+        gscores1 = cast(graw1 * write_, dtype)
+        tl.store(gq + rows, cast(gq_ + product(gscores1, k_), dtype))
+        tl.store(gwrite + index * C * C + tile(C, C, C), graw1 * raw1 + graw2 * raw2)
+        store_pair(gread, index, gread_, C)
+
+        gd2 = -product(tl.trans(cast(raw2 * write_, dtype)), g_)
+        gk_, gd2, gto_state_ = signals_backward(
+            k_, d2, gd2, scores1, gscores2, state, ends, block, passed, to_state_, HIDDEN, BLOCK, ACT, BASE
+        )
         gz2, goffset_, more = signal_backward(gd2, d2_, gain_, unit, rstd, error, NORM)
         ggain_ += more
         tl.store(goffset + rows, goffset_)
-        store_masks(
-            gwrite, gread, gto_state, gtransition, index, C,
-            graw1 * raw1 + graw2 * raw2, (gbeta, gf), (gto_w, gto_s), (gkeep, gmix, gfade),
-        )  # fmt: skip
-        gscores1, gz2 = cast(graw1 * write_, dtype), cast(gz2, dtype)
-        gk_ += product(tl.trans(gscores1), q_)
-        tl.store(gq + rows, cast(gq_ + product(gscores1, k_), dtype))
-        tl.debug_barrier()  # what was written is there to be read
-        for j in range(0, HIDDEN, BLOCK):
-            block = j + tile(D, BLOCK, HIDDEN)
-            w1 = frozen(slots1 + here + block, base1 + block, dtype, BASE)
-            w2 = frozen(slots2 + here + block, base2 + block, dtype, BASE)
-            z = product(k_, w1)
-            gz = cast(tl.load(gz1 + j) + product(gz2, w2) * slope(z, ACT), dtype)
-            gk_ += product(gz, tl.trans(w1))
-            gw1, gw2 = product(tl.trans(k_), gz), product(tl.trans(gz2), cast(value(z, ACT), dtype))
-            add(gmaps1 + block, gw1)
-            add(gmaps2 + block, gw2)
-            if BASE:
-                add(gbase1 + block, gw1)
-                add(gbase2 + block, gw2)
-        tl.store(gk + rows, cast(gk_, dtype))
+        store_pair(gto_state, index, gto_state_, C)
+        tl.debug_barrier()
+
+        more, gtransition_ = maps_backward(
+            q_, k_, g_, d2, cast(gz2, dtype), state, ends, block, passed, read_, transition_, HIDDEN, BLOCK, ACT, BASE
+        )
+        tl.store(gk + rows, cast(gk_ + more + product(tl.trans(gscores1), q_), dtype))
+        store_transition(gtransition, index, gtransition_)
         tl.debug_barrier()
     tl.store(ggain + memory * D + tl.arange(0, D), ggain_)
+
+
+@triton.jit
+def reads_backward(
+    q, k, g, d2, scores1, gscores2, state, block, passed, read,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, BASE: tl.constexpr,
+):  # fmt: skip
+    """The queries, last map first: gradients of q and read, the second map's scores, and the first one's gradient."""
+    w1, w2, base1, base2 = state
+    C: tl.constexpr = q.shape[0]
+    map: tl.constexpr = q.shape[1] * HIDDEN
+    gq, gread = tl.zeros(q.shape, tl.float32), (tl.zeros([C], tl.float32), tl.zeros([C], tl.float32))
+    raw2, graw1 = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    for j in range(0, HIDDEN, BLOCK):
+        here = j + block
+        _, _, x, d1 = keys(k, d2, state, here, ACT, BASE)
+        r = first_read(q, d1, scores1, w1 + here, base1 + here, map, read, BASE)
+        h, x = value(r, ACT), cast(x, q.dtype)
+        tl.store(passed[2] + j, cast(h, q.dtype))
+        raw2 += product(cast(h, q.dtype), tl.trans(x))
+        gh, more = mixed_backward(g, h, load(w2 + here, q.dtype), load(w2 + map + here, q.dtype), read)
+        gread = add_pairs(gread, more)
+        gh += product(gscores2, x)
+        if BASE:
+            gh += product(g, load(base2 + here, q.dtype))
+        gr = cast(gh * slope(r, ACT), q.dtype)
+        tl.store(passed[1] + j, gr)
+        transposed = (tl.trans(load(w1 + here, q.dtype)), tl.trans(load(w1 + map + here, q.dtype)))
+        gq_, more = mixed_backward(gr, q, transposed[0], transposed[1], read)
+        gread = add_pairs(gread, more)
+        gq += gq_
+        if BASE:
+            gq += product(gr, tl.trans(load(base1 + here, q.dtype)))
+        graw1 -= product(gr, tl.trans(cast(d1, q.dtype)))
+    return gq, gread, raw2, graw1
+
+
+@triton.jit
+def signals_backward(
+    k, d2, gd2, scores1, gscores2, state, ends, block, passed, to_state,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, BASE: tl.constexpr,
+):  # fmt: skip
+    """The maps after the chunk, and the keys' backward, first map first: gradients of k, d2 and to_state."""
+    C: tl.constexpr = k.shape[0]
+    map: tl.constexpr = k.shape[1] * HIDDEN
+    gk, gto_state = tl.zeros(k.shape, tl.float32), (tl.zeros([C], tl.float32), tl.zeros([C], tl.float32))
+    for j in range(0, HIDDEN, BLOCK):
+        here = j + block
+        z, u, x, d1 = keys(k, d2, state, here, ACT, BASE)
+        gk_, gd1, more = advance_backward(ends[0] + here, map, k, d1, to_state)
+        gto_state = add_pairs(gto_state, more)
+        gk += gk_
+        gd2_, gx, more = advance_backward(ends[1] + here, map, d2, x, to_state)
+        gto_state = add_pairs(gto_state, more)
+        gd2 += gd2_
+        gx += product(tl.trans(gscores2), tl.load(passed[2] + j))
+        gd1 -= product(tl.trans(scores1), tl.load(passed[1] + j))
+        gu = cast(gd1 * slope(z, ACT), k.dtype)
+        tl.store(passed[3] + j, gu)
+        tl.store(passed[0] + j, gx * slope(z, ACT) + gd1 * u * curvature(z, ACT))
+        gd2 += product(gu, tl.trans(frozen(state[1] + here, state[3] + here, k.dtype, BASE)))
+    return gk, gd2, gto_state
+
+
+@triton.jit
+def maps_backward(
+    q, k, g, d2, gz2, state, ends, block, passed, read, transition,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, BASE: tl.constexpr,
+):  # fmt: skip
+    """The keys' forward, and everything that met the maps: gradients of k, of the transition, and those in ``ends``."""
+    w1, w2, base1, base2 = state
+    map: tl.constexpr = k.shape[1] * HIDDEN
+    gk, gkeep, gmix, gfade = tl.zeros(k.shape, tl.float32), 0.0, 0.0, 0.0
+    for j in range(0, HIDDEN, BLOCK):
+        here = j + block
+        first = frozen(w1 + here, base1 + here, k.dtype, BASE)
+        z = product(k, first)
+        gx = product(gz2, frozen(w2 + here, base2 + here, k.dtype, BASE))
+        gz1 = cast(tl.load(passed[0] + j) + gx * slope(z, ACT), k.dtype)
+        gk += product(gz1, tl.trans(first))
+        gw1 = product(tl.trans(k), gz1)
+        gw2 = product(tl.trans(gz2), cast(value(z, ACT), k.dtype)) + product(tl.trans(d2), tl.load(passed[3] + j))
+        gr, h = tl.load(passed[1] + j), tl.load(passed[2] + j)
+        if BASE:
+            add(ends[2] + here, gw1 + product(tl.trans(q), gr))
+            add(ends[3] + here, gw2 + product(tl.trans(g), h))
+        a, b, c = retreat(ends[0] + here, w1 + here, map, q, gr.to(tl.float32), gw1, read, transition)
+        gkeep, gmix, gfade = gkeep + a, gmix + b, gfade + c
+        a, b, c = retreat(ends[1] + here, w2 + here, map, g, h.to(tl.float32), gw2, read, transition)
+        gkeep, gmix, gfade = gkeep + a, gmix + b, gfade + c
+    return gk, (gkeep, gmix, gfade)
