@@ -1,8 +1,13 @@
 """Settings for every test: fixed seeds, uninitialised memory filled with NaN, reproducible property tests."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels on a CPU; triton, which transformers imports, reads it once
 
 settings.register_profile("titans", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("titans")

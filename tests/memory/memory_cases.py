@@ -54,8 +54,9 @@ class Case:
     def tokens(self, start: int, stop: int | None = None) -> "Case":
         return self.on(*(x[:, start:stop] for x in self.inputs))
 
-    def to(self, dtype: torch.dtype) -> "Case":
-        return self.on(*(x.to(dtype) for x in self.inputs), weights=tuple(w.to(dtype) for w in self.weights))
+    def to(self, where: torch.dtype | str) -> "Case":
+        """In another dtype, or on another device."""
+        return self.on(*(x.to(where) for x in self.inputs), weights=tuple(w.to(where) for w in self.weights))
 
     def leaves(self) -> "Case":
         """Copies that gather gradients."""
@@ -115,7 +116,7 @@ def gradients(
     found = results(*case.run(backend, state, mask, info))
     g = torch.Generator().manual_seed(1)
     total = sum(
-        (x * torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)).sum()
+        (x * torch.randn(x.shape, generator=g, dtype=torch.float64).to(x)).sum()
         for x in found.values() if x.is_floating_point()
     )  # fmt: skip
     grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)

@@ -1,6 +1,6 @@
 """The exact chunk-parallel form: a chunk's tokens at once, for a memory of any depth (README.md, section 2)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from titans.memory.gates import chunk_masks
 from titans.memory.network import MemoryMLP, safe_sqrt
 from titans.memory.pieces import Cut
-from titans.memory.scan import advance, factors, narrow, scan, weights_of, widen
+from titans.memory.scan import advance, factors, narrow, weights_of, widen
 from titans.memory.state import MemoryState
 
 Tensors = Sequence[Tensor]
@@ -17,6 +17,7 @@ Tensors = Sequence[Tensor]
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, affine: Tensors, network: MemoryMLP,
     base: Tensors, state: MemoryState, lengths: Tensor | None, info: bool,
+    fast: Callable,
 ) -> tuple[Tensor, MemoryState, tuple[Tensor, ...]]:  # fmt: skip
     """Reads and writes chunk by chunk; nothing of size [tokens, d_in, d_out] ever exists.
 
@@ -26,7 +27,8 @@ def chunked(
         affine: gain and bias [H, D] of the norm, or ().
         base: linear maps [H, d_in, d_out] that the state is relative to, or ().
         lengths: [B], real tokens of each row; None: T in every row.
-        info: also work out surprise and loss; without it, whole chunks take the fast path.
+        info: also work out surprise and loss; without it, whole chunks in a row take the fast path.
+        fast: that path, ``scan`` or another with its arguments and results.
 
     Returns:
         out [B, T, H, D], the state after the last token, and with ``info`` surprise (norm of the gradient) and loss,
@@ -48,7 +50,7 @@ def chunked(
     split = [cut.split(x) for x in (q, k, v, gates)]
     for piece, q_, k_, v_, gates_ in zip(cut.pieces, *split, strict=True):
         if not info and piece.is_whole(C):
-            out, maps = scan(q_, k_, v_, gates_, maps, base, norm, network, C)
+            out, maps = fast(q_, k_, v_, gates_, maps, base, norm, network, C)
             outs.append(out)
             held, pending, transition = [None for _ in held], nothing, same
             continue

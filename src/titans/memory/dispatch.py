@@ -1,18 +1,22 @@
 """``neural_memory``: one signature for every backend."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from titans.memory.chunked import chunked
+from titans.memory.kernels import unsupported
 from titans.memory.network import MemoryMLP
 from titans.memory.pieces import align, check_mask, in_pieces, is_long, take
 from titans.memory.reference import reference
+from titans.memory.scan import scan
 from titans.memory.state import MemoryState
 
-BACKENDS = ("auto", "chunked", "reference")
+BACKENDS = ("auto", "chunked", "triton", "reference")
 FORGET = ("zero", "start")
 
 
@@ -64,14 +68,17 @@ def neural_memory(
         forget: "zero", the paper's ``M = (1 - alpha) M + S``; "start", ``M = (1 - alpha) M + alpha M_0 + S``: what was
             written fades, what was learned in training does not. The state is then relative to M_0 (``M - M_0``), and
             the maps of ``weights`` are read in every call.
-        backend: "chunked", "reference" (token by token, for tests) or "auto".
+        backend: "chunked", in plain PyTorch; "triton", the same with fused kernels for whole chunks in a row (not where
+            ``return_info`` or a mask asks for chunk by chunk); "reference", token by token, for tests; "auto", "triton"
+            on a GPU where it can be taken (else a warning, once, says why not), and "chunked".
         return_info: also return ``MemoryInfo``.
 
     Returns:
         out [B, T, H, D] and the state after the last token (and ``MemoryInfo``, if asked for).
 
     Raises:
-        ValueError: shapes, dtypes or the state do not fit; the message names the argument.
+        ValueError: shapes, dtypes or the state do not fit, or backend="triton" cannot be taken; the message names the
+            argument.
     """
     maps, affine = network.split(weights)
     _check(q, k, v, (lr, log_momentum, log_retention), maps, affine, network, chunk_size, forget, backend)
@@ -85,27 +92,48 @@ def neural_memory(
     _check_state(state, q, maps, chunk_size)
 
     norm = tuple(a.to(dtype) for a in affine) if affine else ()
+    fast = _fast_path(backend, q, network, chunk_size)
     with torch.autocast(q.device.type, enabled=False):  # precision here follows the arguments, never a context
         if backend == "reference":
             out, end, info = reference(q, k, v, gates, norm, network, base, state, mask)
         elif return_info or not is_long(q.shape[1]):
-            out, end, info = _chunked(q, k, v, gates, mask, norm, network, base, state, return_info)
+            out, end, info = _chunked(q, k, v, gates, mask, norm, network, base, state, return_info, fast)
         else:
 
             def step(q, k, v, gates, mask, state):
-                return _chunked(q, k, v, gates, mask, norm, network, base, state, False)[:2]
+                return _chunked(q, k, v, gates, mask, norm, network, base, state, False, fast)[:2]
 
             out, end = in_pieces(step, (q, k, v, gates, mask), state, chunk_size)
     return (out, end, MemoryInfo(*info)) if return_info else (out, end)
 
 
-def _chunked(q, k, v, gates, mask: Tensor | None, norm, network: MemoryMLP, base, state: MemoryState, info: bool):
+def _fast_path(backend: str, q: Tensor, network: MemoryMLP, chunk_size: int) -> Callable:
+    """What works through whole chunks in a row."""
+    if backend in ("chunked", "reference") or (backend == "auto" and not q.is_cuda):
+        return scan
+    reason = unsupported(q, network, chunk_size)
+    if reason is None:
+        from titans.memory.kernels.scan import scan as fused
+
+        return fused
+    if backend == "triton":
+        raise ValueError(f"backend='triton' cannot be taken: {reason}, or take backend='chunked'")
+    _warn_once(f"backend='auto' takes 'chunked', not 'triton': {reason}")
+    return scan
+
+
+@cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
+
+
+def _chunked(q, k, v, gates, mask: Tensor | None, norm, network: MemoryMLP, base, state, info: bool, fast: Callable):
     """``chunked`` for any mask."""
     if mask is None:
-        return chunked(q, k, v, gates, norm, network, base, state, None, info)
+        return chunked(q, k, v, gates, norm, network, base, state, None, info, fast)
     index, lengths, undo = align(mask)
     q, k, v, gates = (take(x, index) for x in (q, k, v, gates))
-    out, end, seen = chunked(q, k, v, gates, norm, network, base, state, lengths, info)
+    out, end, seen = chunked(q, k, v, gates, norm, network, base, state, lengths, info, fast)
     return take(out, undo), end, tuple(take(x, undo) for x in seen)
 
 

@@ -1,0 +1,31 @@
+"""Fused Triton kernels for whole chunks in a row (``kernels.scan``); triton is imported with them, when they are taken."""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from titans.memory.network import MemoryMLP
+
+CHUNK_SIZES = HEAD_DIMS = (16, 32, 64, 128)
+
+
+def unsupported(q: Tensor, network: MemoryMLP, chunk_size: int) -> str | None:
+    """What keeps the kernels from queries q [B, T, H, D] in such memories, and the mend; None: nothing does."""
+    head_dim, (_, hidden) = q.shape[-1], network.shapes(q.shape[-1])[0]
+    if find_spec("triton") is None:
+        return "triton is not installed; pip install 'titans[kernels]'"
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"q is on {q.device}; move it to a GPU (for tests on a CPU, set TRITON_INTERPRET=1 before triton is imported)"
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        return f"q is {q.dtype}; use float32 or bfloat16"
+    if network.depth > 2:
+        return f"network.depth={network.depth}; use 1 or 2"
+    if head_dim not in HEAD_DIMS:
+        return f"q has head dim {head_dim}; use one of {HEAD_DIMS}"
+    if hidden % 16:
+        return f"network.expansion={network.expansion} makes {hidden} hidden units; use a multiple of 16"
+    if chunk_size not in CHUNK_SIZES:
+        return f"chunk_size={chunk_size}; use one of {CHUNK_SIZES}"
+    return None

@@ -12,7 +12,8 @@ from titans.memory.kernels import one_map, two_maps
 from titans.memory.network import MemoryMLP
 
 Tensors = Sequence[Tensor]
-BLOCK = 64
+FIXED = 8  # inputs of every kernel, up to gain; base follows
+BLOCK = 32  # hidden units at a time, in float32 half as many: more spills registers
 
 
 def scan(
@@ -59,18 +60,15 @@ class _Scan(torch.autograd.Function):
         return None, None, *grads, *gmaps
 
 
-FIXED = 8  # inputs of every kernel, up to gain; base follows
-
-
 def _launch(kernel: str, network: MemoryMLP, C: int, inputs: Tensors, held: Tensors, others: Tensors) -> None:
     """One program for every memory."""
-    q, (D, HIDDEN) = inputs[0], held[0].shape[-2:]
-    base = inputs[FIXED:]
-    sizes = {"C": C, "D": D, "NORM": network.norm, "BASE": bool(base)}
+    q, base, (D, HIDDEN) = inputs[0], inputs[FIXED:], held[0].shape[-2:]
+    module, sizes = one_map, {"C": C, "D": D, "NORM": network.norm, "BASE": bool(base)}
     if network.depth == 2:
-        sizes |= {"HIDDEN": HIDDEN, "BLOCK": gcd(HIDDEN, BLOCK), "ACT": network.activation}
-    module = two_maps if network.depth == 2 else one_map
-    getattr(module, kernel)[(len(held[0]),)](
-        *inputs[:FIXED], *(base or held), *held, *others, q.shape[2], q.shape[1] // C, held[0].shape[1],
-        network.norm_eps, **sizes,
-    )  # fmt: skip
+        block = gcd(HIDDEN, BLOCK * 2 // q.element_size())
+        module, sizes = two_maps, sizes | {"HIDDEN": HIDDEN, "BLOCK": block, "ACT": network.activation}
+    with torch.cuda.device_of(q):
+        getattr(module, kernel)[(len(held[0]),)](
+            *inputs[:FIXED], *(base or held), *held, *others, q.shape[2], q.shape[1] // C, held[0].shape[1],
+            network.norm_eps, num_warps=4 if C <= 64 else 8, num_stages=1, **sizes,
+        )  # fmt: skip

@@ -1,0 +1,187 @@
+"""The Triton kernels equal the reference and ``chunked``: on a GPU, or in Triton's interpreter on a CPU."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from memory_cases import MASKS, assert_equal, gradients, make
+from tolerances import EQUAL, LOW_PRECISION, error
+
+from titans.memory import MemoryMLP, dispatch, neural_memory
+from titans.memory.kernels import unsupported
+
+pytest.importorskip("triton", reason="triton is not installed; pip install 'titans[kernels]'")
+kernels = pytest.importorskip("titans.memory.kernels.scan")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+C = 16
+NETWORKS = {  # and hidden units at a time
+    "depth1": (MemoryMLP(depth=1), 32),
+    "depth1 plain": (MemoryMLP(depth=1, residual=False, norm=False), 32),
+    "expansion 1": (MemoryMLP(expansion=1), 64),
+    "expansion 2, in blocks": (MemoryMLP(expansion=2), 32),
+    "expansion 3, in blocks": (MemoryMLP(expansion=3, activation="silu"), 64),
+    "expansion 4": (MemoryMLP(expansion=4), 128),
+    "plain": (MemoryMLP(expansion=2, residual=False, norm=False), 64),
+    "relu": (MemoryMLP(expansion=2, activation="relu", residual=False), 64),
+}
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch):
+    """The kernels that ran."""
+    seen, launch = [], kernels._launch
+
+    def spy(kernel, *arguments):
+        seen.append(kernel)
+        launch(kernel, *arguments)
+
+    monkeypatch.setattr(kernels, "_launch", spy)
+    return seen
+
+
+def small(network, dtype=torch.float32, T=2 * C, seed=0, **changes):
+    """Two memories; ``lr`` small enough for two chunks without norm."""
+    return make(network, B=1, T=T, D=16, C=C, dtype=dtype, seed=seed, lr=0.01).on(**changes).to(DEVICE)
+
+
+def assert_near(case, state=None, mask=None):
+    """Outputs, state, all gradients: within 1e-5 of the float64 reference, or twice the float32 reference's rounding."""
+    exact = gradients(case.to(torch.float64), "reference", state and state.to(dtype=torch.float64), mask, info=False)
+    rounded, chunked, fused = (gradients(case, b, state, mask, info=False) for b in ("reference", "chunked", "triton"))
+    for expected, plain, middle, got in zip(exact, rounded, chunked, fused, strict=True):
+        for name in expected:
+            bound = max(EQUAL[torch.float32], LOW_PRECISION * error(plain[name], expected[name]))
+            assert_equal(got[name], expected[name], bound, name)
+            assert_equal(got[name], middle[name], 2 * bound, name)
+
+
+@pytest.mark.parametrize("forget", ["zero", "start"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name, forget, monkeypatch, launches):
+    """Whole chunks, then a part of one, from a state that momentum has reached."""
+    network, block = NETWORKS[name]
+    monkeypatch.setattr(kernels, "BLOCK", block)
+    case = small(network, T=3 * C + 3, forget=forget)
+    assert_near(case.tokens(C), case.tokens(0, C).run()[1].detach())
+    assert launches == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("carried", [0, 5], ids=["from M_0", "open chunk"])
+@pytest.mark.parametrize("masked", [None, "right"])
+def test_masks_and_open_chunks(carried, masked, launches):
+    case = small(MemoryMLP(expansion=1), T=2 * C + 3 + carried, forget="start")
+    state = case.tokens(0, carried).run()[1].detach() if carried else None
+    assert_near(case.tokens(carried), state, masked and MASKS[masked](1, 2 * C + 3).to(DEVICE))
+    assert launches == ([] if masked else ["forward", "backward"])
+
+
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_batch_and_heads(heads_first):
+    """Every memory gets its own numbers, whatever its row and head, and however the inputs lie."""
+    case = make(MemoryMLP(expansion=1), B=2, T=2 * C, H=2, D=16, C=C, dtype=torch.float32).to(DEVICE)
+    if heads_first:
+        case = case.on(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in case.inputs))
+    (out, end, _), (expected, expected_end, _) = (case.run(b, info=False) for b in ("triton", "chunked"))
+    assert_equal((out, end.maps), (expected, expected_end.maps))
+
+
+def test_long_call_without_gradients(launches):
+    """Without autograd the state goes back and forth between two places: the same numbers."""
+    case = small(MemoryMLP(expansion=1), T=5 * C)
+    with torch.no_grad():
+        fast = case.run("triton", info=False)
+    kept = case.leaves().run("triton", info=False)
+    assert_equal((fast[0], fast[1].maps), (kept[0].detach(), tuple(m.detach() for m in kept[1].maps)), 0.0)
+    assert launches == ["forward", "forward"]
+
+
+def test_two_backward_passes_agree():
+    case = small(MemoryMLP(expansion=1)).leaves()
+    loss = case.run("triton", info=False)[0].square().sum()
+    leaves = [*case.inputs, *case.weights]
+    first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", ["depth1", "expansion 2, in blocks", "plain"])
+def test_bfloat16_errs_at_most_twice_as_much_as_chunked(name):
+    """Root mean square over three draws, so that one unlucky rounding decides nothing."""
+    errors = {"chunked": Counter(), "triton": Counter()}
+    for seed in range(3):
+        case = small(NETWORKS[name][0], torch.bfloat16, seed=seed, forget="start")
+        case = case.on(**{gate: getattr(case, gate).float() for gate in ("lr", "log_momentum", "log_retention")})
+        exact = gradients(case.to(torch.float32), "chunked", info=False)
+        for backend, total in errors.items():
+            for got, expected in zip(gradients(case, backend, info=False), exact, strict=True):
+                total.update({n: float((got[n].float() - x).square().mean()) for n, x in expected.items()})
+    ratios = {n: (errors["triton"][n] / e) ** 0.5 for n, e in errors["chunked"].items() if e}
+    assert max(ratios.values()) <= LOW_PRECISION, ratios
+
+
+BAD = {
+    "float64": ({"dtype": torch.float64}, {}, "q is torch.float64; use float32"),
+    "depth": ({"network": MemoryMLP(depth=3)}, {}, "network.depth=3; use 1 or 2"),
+    "head dim": ({"D": 8}, {}, "q has head dim 8; use one of"),
+    "expansion": ({"network": MemoryMLP(expansion=1.5)}, {}, "network.expansion=1.5 makes 24 hidden units"),
+    "chunk size": ({"C": 12}, {}, "chunk_size=12; use one of"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refusals_say_why(name):
+    sizes, _, message = BAD[name]
+    case = make(**({"T": 3, "D": 16, "C": C, "dtype": torch.float32} | sizes)).to(DEVICE)
+    with pytest.raises(ValueError, match=f"backend='triton' cannot be taken: {message}"):
+        case.run("triton")
+
+
+def test_cpu_without_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="q is on cpu; move it to a GPU .*TRITON_INTERPRET=1"):
+        small(MemoryMLP()).to("cpu").run("triton")
+
+
+def test_auto_on_a_gpu_takes_them_or_warns_once():
+    def path(dtype):
+        q = SimpleNamespace(is_cuda=True, device="cuda", dtype=dtype, shape=(1, C, 1, 16))
+        return dispatch._fast_path("auto", q, MemoryMLP(), C)  # type: ignore[arg-type]
+
+    dispatch._warn_once.cache_clear()
+    assert path(torch.bfloat16) is kernels.scan
+    with pytest.warns(UserWarning, match="backend='auto' takes 'chunked', not 'triton': q is torch.float64") as seen:
+        assert path(torch.float64) is dispatch.scan
+        assert path(torch.float64) is dispatch.scan
+    assert len(seen) == 1
+
+
+def test_auto_on_a_cpu_is_chunked(launches):
+    small(MemoryMLP()).to("cpu").run("auto", info=False)
+    assert not launches
+
+
+def test_without_triton():
+    code = """
+import sys; sys.modules["triton"] = None
+import torch
+from titans.memory import MemoryMLP
+from titans.memory.kernels import unsupported
+assert "pip install 'titans[kernels]'" in unsupported(torch.zeros(1, 16, 1, 16), MemoryMLP(), 16)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_they_compile_for_a_gpu(tmp_path):
+    """The interpreter takes what the compiler refuses."""
+    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    run = subprocess.run(
+        [sys.executable, script], env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.split() == ["forward", "backward"] * 2
