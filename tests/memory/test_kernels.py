@@ -12,8 +12,7 @@ import torch
 from memory_cases import MASKS, assert_equal, gradients, make
 from tolerances import EQUAL, LOW_PRECISION, error
 
-from titans.memory import MemoryMLP, dispatch, neural_memory
-from titans.memory.kernels import unsupported
+from titans.memory import MemoryMLP, dispatch
 
 pytest.importorskip("triton", reason="triton is not installed; pip install 'titans[kernels]'")
 kernels = pytest.importorskip("titans.memory.kernels.scan")
@@ -51,7 +50,7 @@ def small(network, dtype=torch.float32, T=2 * C, seed=0, **changes):
 
 
 def assert_near(case, state=None, mask=None):
-    """Outputs, state, all gradients: within 1e-5 of the float64 reference, or twice the float32 reference's rounding."""
+    """Outputs, state, all gradients: within 1e-5 of the exact reference, or twice the float32 reference's rounding."""
     exact = gradients(case.to(torch.float64), "reference", state and state.to(dtype=torch.float64), mask, info=False)
     rounded, chunked, fused = (gradients(case, b, state, mask, info=False) for b in ("reference", "chunked", "triton"))
     for expected, plain, middle, got in zip(exact, rounded, chunked, fused, strict=True):
@@ -111,9 +110,9 @@ def test_two_backward_passes_agree():
 
 @pytest.mark.parametrize("name", ["depth1", "expansion 2, in blocks", "plain"])
 def test_bfloat16_errs_at_most_twice_as_much_as_chunked(name):
-    """Root mean square over three draws, so that one unlucky rounding decides nothing."""
+    """Root mean square over two draws, so that one unlucky rounding decides nothing."""
     errors = {"chunked": Counter(), "triton": Counter()}
-    for seed in range(3):
+    for seed in range(2):
         case = small(NETWORKS[name][0], torch.bfloat16, seed=seed, forget="start")
         case = case.on(**{gate: getattr(case, gate).float() for gate in ("lr", "log_momentum", "log_retention")})
         exact = gradients(case.to(torch.float32), "chunked", info=False)
@@ -125,17 +124,18 @@ def test_bfloat16_errs_at_most_twice_as_much_as_chunked(name):
 
 
 BAD = {
-    "float64": ({"dtype": torch.float64}, {}, "q is torch.float64; use float32"),
-    "depth": ({"network": MemoryMLP(depth=3)}, {}, "network.depth=3; use 1 or 2"),
-    "head dim": ({"D": 8}, {}, "q has head dim 8; use one of"),
-    "expansion": ({"network": MemoryMLP(expansion=1.5)}, {}, "network.expansion=1.5 makes 24 hidden units"),
-    "chunk size": ({"C": 12}, {}, "chunk_size=12; use one of"),
+    "float64": ({"dtype": torch.float64}, "q is torch.float64; use float32"),
+    "depth": ({"network": MemoryMLP(depth=3)}, "network.depth=3; use 1 or 2"),
+    "head dim": ({"D": 8}, "q has head dim 8; use one of"),
+    "expansion": ({"network": MemoryMLP(expansion=1.5)}, "network.expansion=1.5 makes 24 hidden units"),
+    "chunk size": ({"C": 12}, "chunk_size=12; use one of"),
+    "shared memory": ({"C": 128, "D": 128}, "chunk_size=128 is too much for shared memory in float32"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_refusals_say_why(name):
-    sizes, _, message = BAD[name]
+    sizes, message = BAD[name]
     case = make(**({"T": 3, "D": 16, "C": C, "dtype": torch.float32} | sizes)).to(DEVICE)
     with pytest.raises(ValueError, match=f"backend='triton' cannot be taken: {message}"):
         case.run("triton")
@@ -143,7 +143,7 @@ def test_refusals_say_why(name):
 
 def test_cpu_without_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="q is on cpu; move it to a GPU .*TRITON_INTERPRET=1"):
+    with pytest.raises(ValueError, match=r"q is on cpu; move it to a GPU .*TRITON_INTERPRET=1"):
         small(MemoryMLP()).to("cpu").run("triton")
 
 

@@ -1,4 +1,4 @@
-"""Fused Triton kernels for whole chunks in a row (``kernels.scan``); triton is imported with them, when they are taken."""
+"""Fused Triton kernels for whole chunks in a row; triton is imported with ``kernels.scan``, when they are taken."""
 
 import os
 from importlib.util import find_spec
@@ -9,6 +9,7 @@ from torch import Tensor
 from titans.memory.network import MemoryMLP
 
 CHUNK_SIZES = HEAD_DIMS = (16, 32, 64, 128)
+LARGEST_FLOAT32 = 8192  # chunk size times head dim: what the 227 KB of an H100 take
 
 
 def unsupported(q: Tensor, network: MemoryMLP, chunk_size: int) -> str | None:
@@ -17,7 +18,7 @@ def unsupported(q: Tensor, network: MemoryMLP, chunk_size: int) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed; pip install 'titans[kernels]'"
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"q is on {q.device}; move it to a GPU (for tests on a CPU, set TRITON_INTERPRET=1 before triton is imported)"
+        return f"q is on {q.device}; move it to a GPU (or set TRITON_INTERPRET=1 before triton is imported, for tests)"
     if q.dtype not in (torch.float32, torch.bfloat16):
         return f"q is {q.dtype}; use float32 or bfloat16"
     if network.depth > 2:
@@ -28,4 +29,6 @@ def unsupported(q: Tensor, network: MemoryMLP, chunk_size: int) -> str | None:
         return f"network.expansion={network.expansion} makes {hidden} hidden units; use a multiple of 16"
     if chunk_size not in CHUNK_SIZES:
         return f"chunk_size={chunk_size}; use one of {CHUNK_SIZES}"
+    if q.dtype == torch.float32 and chunk_size * head_dim > LARGEST_FLOAT32:
+        return f"chunk_size={chunk_size} is too much for shared memory in float32; use bfloat16 or a smaller one"
     return None

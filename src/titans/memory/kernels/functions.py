@@ -2,8 +2,9 @@
 
 import triton
 import triton.language as tl
+from triton import knobs
 
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
 @triton.jit
@@ -67,8 +68,10 @@ def store_transition(transition, index, entries):
 
 
 @triton.jit
-def add_pairs(a, b):
-    return a[0] + b[0], a[1] + b[1]
+def add_tuples(a, b):
+    if len(a) == 2:
+        return a[0] + b[0], a[1] + b[1]
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2]
 
 
 @triton.jit
@@ -118,9 +121,9 @@ def advance(old, new, map, a, b, to_state, transition):
 def advance_backward(after, map, a, b, to_state):
     """Gradients of a, b and to_state from those of map and momentum after the chunk."""
     gw, gs, operand = load(after, a.dtype), load(after + map, a.dtype), cast(b, a.dtype)
-    ga = mixed(operand, tl.trans(gw), tl.trans(gs), to_state)
-    gb, (gto_w, gto_s) = mixed_backward(a, b, gw, gs, to_state)
-    return -ga, -gb, (-gto_w, -gto_s)
+    bw, bs = product(a, gw), product(a, gs)
+    ga, gb = mixed(operand, tl.trans(gw), tl.trans(gs), to_state), to_state[0] * bw + to_state[1] * bs
+    return -ga, -gb, (tl.sum(-b * bw, 1), tl.sum(-b * bs, 1))
 
 
 @triton.jit
@@ -156,10 +159,11 @@ def signal(z, offset, gain, eps, NORM: tl.constexpr):
         rstd = 1 / tl.sqrt(mean(centred * centred) + eps)
         unit = centred * rstd
         error = offset + unit * gain
-        return norm_backward(2 * gain * error, unit, rstd), unit, rstd, error
+        d = norm_backward(2 * gain * error, unit, rstd)
     else:
-        error = offset + z
-        return 2 * error, z, 1.0, error
+        unit, rstd, error = z, 1.0, offset + z
+        d = 2 * error
+    return d, unit, rstd, error
 
 
 @triton.jit
@@ -170,41 +174,46 @@ def signal_backward(gd, d, gain, unit, rstd, error, NORM: tl.constexpr):
         gerror = 2 * gain * ggrad
         gunit = gain * gerror - rstd * (mean(grad * unit) * gd + mean(gd * unit) * grad)
         gz = norm_backward(gunit, unit, rstd) - unit * rstd * mean(gd * d)
-        return gz, gerror, tl.sum(gerror * unit + 2 * error * ggrad, 0)
+        ggain = tl.sum(gerror * unit + 2 * error * ggrad, 0)
     else:
-        return 2 * gd, 2 * gd, tl.zeros([gd.shape[1]], tl.float32)
+        gerror, ggain = 2 * gd, tl.zeros([gd.shape[1]], tl.float32)
+        gz = gerror
+    return gz, gerror, ggain
 
 
 @triton.jit
 def value(z, ACT: tl.constexpr):
     """f(z)"""
     if ACT == "gelu":
-        return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+        f = 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
     elif ACT == "silu":
-        return z * tl.sigmoid(z)
+        f = z * tl.sigmoid(z)
     else:
-        return tl.maximum(z, 0.0)
+        f = tl.maximum(z, 0.0)
+    return f
 
 
 @triton.jit
 def slope(z, ACT: tl.constexpr):
     """f'(z)"""
     if ACT == "gelu":
-        return 0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+        f = 0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
     elif ACT == "silu":
         s = tl.sigmoid(z)
-        return s * (1 + z * (1 - s))
+        f = s * (1 + z * (1 - s))
     else:
-        return tl.where(z > 0, 1.0, 0.0)
+        f = tl.where(z > 0, 1.0, 0.0)
+    return f
 
 
 @triton.jit
 def curvature(z, ACT: tl.constexpr):
     """f''(z)"""
     if ACT == "gelu":
-        return tl.exp(-0.5 * z * z) * (2 - z * z) * 0.3989422804014327
+        f = tl.exp(-0.5 * z * z) * (2 - z * z) * 0.3989422804014327
     elif ACT == "silu":
         s = tl.sigmoid(z)
-        return s * (1 - s) * (2 + z * (1 - 2 * s))
+        f = s * (1 - s) * (2 + z * (1 - 2 * s))
     else:
-        return tl.zeros_like(z)
+        f = tl.zeros_like(z)
+    return f

@@ -4,9 +4,24 @@ import triton
 import triton.language as tl
 
 from titans.memory.kernels.functions import (
-    add, advance, advance_backward, cast, frozen, load, load_masks, mixed, mixed_backward, product, retreat, signal,
-    signal_backward, store_pair, store_transition, tile, token_rows,
-)  # fmt: skip
+    add,
+    advance,
+    advance_backward,
+    cast,
+    frozen,
+    load,
+    load_masks,
+    mixed,
+    mixed_backward,
+    product,
+    retreat,
+    signal,
+    signal_backward,
+    store_pair,
+    store_transition,
+    tile,
+    token_rows,
+)
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def scan(
     """See ``titans.memory.scan.scan``; queries and keys stay as they lie, masks are [G, n, C, ...]."""
     B, _, H, D = q.shape
     masks = chunk_masks(gates.unflatten(1, (-1, chunk_size)).permute(0, 3, 1, 2, 4).flatten(0, 1))
-    by_head = affine and [a.view(B, H, 1, D).transpose(1, 2) for a in affine]
+    by_head: Any = affine and [a.view(B, H, 1, D).transpose(1, 2) for a in affine]
     offset, gain = network.offset(k, v, by_head), affine[0] if affine else torch.ones_like(maps[0][:, 0, :1, :D])
     out, *end = _Scan.apply(network, chunk_size, q, k, offset, *masks, gain, *base, *maps)  # type: ignore[misc]
     return network.finish(q, out, by_head), end

@@ -1,17 +1,36 @@
 """A memory of two maps: one program works through all chunks of one memory (README.md, section 3).
 
-Names: x, z at the keys, d, u the loss's signals there; h, r at the queries; w, s a map and its momentum, g... gradients.
+x, z are of the keys, d, u the loss's signals there; h, r of the queries; w, s a map and its momentum; g... gradients.
 Both maps are held as [2, D, HIDDEN], the second transposed. Their hidden dimension is worked through in blocks: what
-all blocks add up to, as z2, r2 and gd2, is only [C, D]. In ``slots`` chunk c finds the state at c and leaves it at c + 1.
+all blocks add up to, as z2, r2 and gd2, is only [C, D]. Chunk c finds the state in slot c and leaves it in c + 1.
 """
 
 import triton
 import triton.language as tl
 
 from titans.memory.kernels.functions import (
-    add, add_pairs, advance, advance_backward, cast, curvature, frozen, load, load_masks, mixed, mixed_backward, product,
-    retreat, signal, signal_backward, slope, store_pair, store_transition, tile, token_rows, value,
-)  # fmt: skip
+    add,
+    add_tuples,
+    advance,
+    advance_backward,
+    cast,
+    curvature,
+    frozen,
+    load,
+    load_masks,
+    mixed,
+    mixed_backward,
+    product,
+    retreat,
+    signal,
+    signal_backward,
+    slope,
+    store_pair,
+    store_transition,
+    tile,
+    token_rows,
+    value,
+)
 
 
 @triton.jit
@@ -84,12 +103,13 @@ def forward(
 
 @triton.jit
 def backward(
-    q, k, offset, write, read, to_state, transition, gain, base1, base2, slots1, slots2, gout, gmaps1, gmaps2,
-    gq, gk, goffset, gwrite, gread, gto_state, gtransition, ggain, gbase1, gbase2, gz1, gr, h, gu, H, chunks, slots, eps,
+    q, k, offset, write, read, to_state, transition, gain, base1, base2, slots1, slots2,
+    gout, gmaps1, gmaps2, gq, gk, goffset, gwrite, gread, gto_state, gtransition, ggain, gbase1, gbase2,
+    gz1, gr, h, gu, H, chunks, slots, eps,
     C: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
     BASE: tl.constexpr,
 ):  # fmt: skip
-    """``gmaps``: from after the last chunk to before the first; gz1, gr, h, gu [G, C, HIDDEN] pass from loop to loop."""
+    """``gmaps``: after the last chunk, then before the first; gz1, gr, h, gu [G, C, HIDDEN] pass from loop to loop."""
     memory = tl.program_id(0).to(tl.int64)
     map: tl.constexpr = D * HIDDEN
     dtype: tl.constexpr = q.dtype.element_ty
@@ -160,7 +180,7 @@ def reads_backward(
         tl.store(passed[2] + j, cast(h, q.dtype))
         raw2 += product(cast(h, q.dtype), tl.trans(x))
         gh, more = mixed_backward(g, h, load(w2 + here, q.dtype), load(w2 + map + here, q.dtype), read)
-        gread = add_pairs(gread, more)
+        gread = add_tuples(gread, more)
         gh += product(gscores2, x)
         if BASE:
             gh += product(g, load(base2 + here, q.dtype))
@@ -168,7 +188,7 @@ def reads_backward(
         tl.store(passed[1] + j, gr)
         transposed = (tl.trans(load(w1 + here, q.dtype)), tl.trans(load(w1 + map + here, q.dtype)))
         gq_, more = mixed_backward(gr, q, transposed[0], transposed[1], read)
-        gread = add_pairs(gread, more)
+        gread = add_tuples(gread, more)
         gq += gq_
         if BASE:
             gq += product(gr, tl.trans(load(base1 + here, q.dtype)))
@@ -189,10 +209,10 @@ def signals_backward(
         here = j + block
         z, u, x, d1 = keys(k, d2, state, here, ACT, BASE)
         gk_, gd1, more = advance_backward(ends[0] + here, map, k, d1, to_state)
-        gto_state = add_pairs(gto_state, more)
+        gto_state = add_tuples(gto_state, more)
         gk += gk_
         gd2_, gx, more = advance_backward(ends[1] + here, map, d2, x, to_state)
-        gto_state = add_pairs(gto_state, more)
+        gto_state = add_tuples(gto_state, more)
         gd2 += gd2_
         gx += product(tl.trans(gscores2), tl.load(passed[2] + j))
         gd1 -= product(tl.trans(scores1), tl.load(passed[1] + j))
@@ -211,7 +231,7 @@ def maps_backward(
     """The keys' forward, and everything that met the maps: gradients of k, of the transition, and those in ``ends``."""
     w1, w2, base1, base2 = state
     map: tl.constexpr = k.shape[1] * HIDDEN
-    gk, gkeep, gmix, gfade = tl.zeros(k.shape, tl.float32), 0.0, 0.0, 0.0
+    gk, gtransition = tl.zeros(k.shape, tl.float32), (0.0, 0.0, 0.0)
     for j in range(0, HIDDEN, BLOCK):
         here = j + block
         first = frozen(w1 + here, base1 + here, k.dtype, BASE)
@@ -225,8 +245,8 @@ def maps_backward(
         if BASE:
             add(ends[2] + here, gw1 + product(tl.trans(q), gr))
             add(ends[3] + here, gw2 + product(tl.trans(g), h))
-        a, b, c = retreat(ends[0] + here, w1 + here, map, q, gr.to(tl.float32), gw1, read, transition)
-        gkeep, gmix, gfade = gkeep + a, gmix + b, gfade + c
-        a, b, c = retreat(ends[1] + here, w2 + here, map, g, h.to(tl.float32), gw2, read, transition)
-        gkeep, gmix, gfade = gkeep + a, gmix + b, gfade + c
-    return gk, (gkeep, gmix, gfade)
+        more = retreat(ends[0] + here, w1 + here, map, q, gr.to(tl.float32), gw1, read, transition)
+        gtransition = add_tuples(gtransition, more)
+        more = retreat(ends[1] + here, w2 + here, map, g, h.to(tl.float32), gw2, read, transition)
+        gtransition = add_tuples(gtransition, more)
+    return gk, gtransition
