@@ -68,10 +68,8 @@ def store_transition(transition, index, entries):
 
 
 @triton.jit
-def add_tuples(a, b):
-    if len(a) == 2:
-        return a[0] + b[0], a[1] + b[1]
-    return a[0] + b[0], a[1] + b[1], a[2] + b[2]
+def add_pairs(a, b):
+    return a[0] + b[0], a[1] + b[1]
 
 
 @triton.jit
@@ -127,8 +125,8 @@ def advance_backward(after, map, a, b, to_state):
 
 
 @triton.jit
-def retreat(after, held, map, a, b, more, read, transition):
-    """Gradients of map and momentum before the chunk, in place of those after it; returns the transition's.
+def retreat(after, held, map, a, b, more, read, transition, gtransition):
+    """Gradients of map and momentum before the chunk, in place of those after it; adds the transition's.
 
     a [C, D] times b [C, BLOCK], mixed by ``read``, came from the reads; ``more`` is the frozen map's gradient.
     """
@@ -137,7 +135,7 @@ def retreat(after, held, map, a, b, more, read, transition):
     through_w, through_s = cast(b * read[0], a.dtype), cast(b * read[1], a.dtype)
     tl.store(after, transition[0] * gw + product(tl.trans(a), through_w) + more)
     tl.store(after + map, transition[1] * gw + transition[2] * gs + product(tl.trans(a), through_s))
-    return tl.sum(gw * w), tl.sum(gw * s), tl.sum(gs * s)
+    return gtransition[0] + tl.sum(gw * w), gtransition[1] + tl.sum(gw * s), gtransition[2] + tl.sum(gs * s)
 
 
 @triton.jit

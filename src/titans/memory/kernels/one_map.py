@@ -93,6 +93,7 @@ def backward(
         gw = product(tl.trans(k_), gz)
         if BASE:
             add(gbase, product(tl.trans(q_), g_) + gw)
-        store_transition(gtransition, index, retreat(gmaps, held, map, q_, g_.to(tl.float32), gw, read_, transition_))
+        g_, none = g_.to(tl.float32), (0.0, 0.0, 0.0)
+        store_transition(gtransition, index, retreat(gmaps, held, map, q_, g_, gw, read_, transition_, none))
         tl.debug_barrier()  # what was stored is there for the next chunk
     tl.store(ggain + memory * D + tl.arange(0, D), ggain_)

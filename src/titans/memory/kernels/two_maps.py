@@ -10,7 +10,7 @@ import triton.language as tl
 
 from titans.memory.kernels.functions import (
     add,
-    add_tuples,
+    add_pairs,
     advance,
     advance_backward,
     cast,
@@ -180,7 +180,7 @@ def reads_backward(
         tl.store(passed[2] + j, cast(h, q.dtype))
         raw2 += product(cast(h, q.dtype), tl.trans(x))
         gh, more = mixed_backward(g, h, load(w2 + here, q.dtype), load(w2 + map + here, q.dtype), read)
-        gread = add_tuples(gread, more)
+        gread = add_pairs(gread, more)
         gh += product(gscores2, x)
         if BASE:
             gh += product(g, load(base2 + here, q.dtype))
@@ -188,7 +188,7 @@ def reads_backward(
         tl.store(passed[1] + j, gr)
         transposed = (tl.trans(load(w1 + here, q.dtype)), tl.trans(load(w1 + map + here, q.dtype)))
         gq_, more = mixed_backward(gr, q, transposed[0], transposed[1], read)
-        gread = add_tuples(gread, more)
+        gread = add_pairs(gread, more)
         gq += gq_
         if BASE:
             gq += product(gr, tl.trans(load(base1 + here, q.dtype)))
@@ -209,10 +209,10 @@ def signals_backward(
         here = j + block
         z, u, x, d1 = keys(k, d2, state, here, ACT, BASE)
         gk_, gd1, more = advance_backward(ends[0] + here, map, k, d1, to_state)
-        gto_state = add_tuples(gto_state, more)
+        gto_state = add_pairs(gto_state, more)
         gk += gk_
         gd2_, gx, more = advance_backward(ends[1] + here, map, d2, x, to_state)
-        gto_state = add_tuples(gto_state, more)
+        gto_state = add_pairs(gto_state, more)
         gd2 += gd2_
         gx += product(tl.trans(gscores2), tl.load(passed[2] + j))
         gd1 -= product(tl.trans(scores1), tl.load(passed[1] + j))
@@ -245,8 +245,6 @@ def maps_backward(
         if BASE:
             add(ends[2] + here, gw1 + product(tl.trans(q), gr))
             add(ends[3] + here, gw2 + product(tl.trans(g), h))
-        more = retreat(ends[0] + here, w1 + here, map, q, gr.to(tl.float32), gw1, read, transition)
-        gtransition = add_tuples(gtransition, more)
-        more = retreat(ends[1] + here, w2 + here, map, g, h.to(tl.float32), gw2, read, transition)
-        gtransition = add_tuples(gtransition, more)
+        gtransition = retreat(ends[0] + here, w1 + here, map, q, gr.to(tl.float32), gw1, read, transition, gtransition)
+        gtransition = retreat(ends[1] + here, w2 + here, map, g, h.to(tl.float32), gw2, read, transition, gtransition)
     return gk, gtransition
