@@ -43,7 +43,7 @@ def test_rows_of_a_run(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 0
 
 
-ELSEWHERE = ("titans-pytorch", "gated_delta_rule")  # a peer that is not installed with the tests, and one for GPUs
+ELSEWHERE = ("titans-pytorch", "gated_delta_rule", "titans-triton")  # not installed with the tests, or for GPUs
 
 
 @pytest.mark.parametrize(("task", "subject"), [(t, s) for t in TASKS for s in TASKS[t][1] if s not in ELSEWHERE])
@@ -60,6 +60,15 @@ def test_every_subject_runs_and_passes_its_check(task, subject, monkeypatch):
         built.check()
     built.run()
     assert built.tokens > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_run_and_pass_their_check(dtype):
+    pytest.importorskip("triton", reason="triton is not installed; pip install 'titans[kernels]'")
+    sizes = DEFAULT_SIZES["op"] | {"heads": 1, "head_dim": 16, "expansion": 1, "chunk_size": 16, "batch": 1}
+    built = build(Case("op", "titans-triton", "backward", 16, dtype=dtype, sizes=sizes))
+    built.check()
+    built.run()
 
 
 def answers(capsys):
@@ -90,10 +99,11 @@ def test_peak_memory_is_that_of_the_run(monkeypatch, capsys):
 
 
 def test_the_check_notices_a_wrong_memory(monkeypatch):
-    layers.check_memory(MemoryMLP(), 8, 4)
+    case = Case("op", "titans", "forward", 8, sizes=DEFAULT_SIZES["op"] | {"head_dim": 8, "chunk_size": 4})
+    layers.check_memory(case, MemoryMLP(), "chunked")
     monkeypatch.setattr("titans.memory.chunked.widen", lambda x, mix: torch.cat([x, x], -1))
     with pytest.raises(AssertionError, match="differs from its reference"):
-        layers.check_memory(MemoryMLP(), 8, 4)
+        layers.check_memory(case, MemoryMLP(), "chunked")
 
 
 def test_a_row_with_an_error_stays_a_row():

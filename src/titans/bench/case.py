@@ -10,7 +10,8 @@ from typing import Any
 TASKS: dict[str, tuple[str, dict[str, str]]] = {
     "op": (
         "the memory's rule alone, [batch, length, heads, head_dim]",
-        {name: f"titans.bench.ops:{name}" for name in ("titans", "gated_delta_rule", "sdpa")},
+        {name: f"titans.bench.ops:{name}" for name in ("titans", "gated_delta_rule", "sdpa")}
+        | {"titans-triton": "titans.bench.ops:titans_triton"},
     ),
     "memory": (
         "one sequence mixer, [batch, length, dim]",
@@ -132,8 +133,8 @@ def groups(
 _WIDE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}  # the 170M preset
 SUITES: dict[str, list[dict[str, Any]]] = {
     "gpu": [
-        {"task": "op", "subjects": ["titans", "gated_delta_rule", "sdpa"], "lengths": [4096, 16384],
-         "sizes": {"heads": 16}},
+        {"task": "op", "subjects": ["titans", "titans-triton", "gated_delta_rule", "sdpa"],
+         "lengths": [4096, 16384], "sizes": {"heads": 16}},
         {"task": "memory", "subjects": ["titans-pytorch", "titans", "sdpa", "matmul"], "lengths": [4096]},
         {"task": "train", "subjects": ["llama", "mag", "mac"], "lengths": [4096, 32768],
          "sizes": {**_WIDE, "reach": 512}},

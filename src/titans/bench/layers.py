@@ -32,40 +32,53 @@ def subject(case: Case, layer: nn.Module, call: Callable[[Tensor], Tensor], chec
 
 
 def titans(case: Case) -> Subject:
-    """titans.NeuralMemory, per-token gates and reads."""
+    """titans.NeuralMemory, per-token gates and reads; on a GPU by the kernels."""
     from titans import NeuralMemory
     from titans.memory import MemoryMLP
 
     s = case.sizes
-    network = MemoryMLP(depth=s["depth"], expansion=s["expansion"])
-    layer = NeuralMemory(
-        s["dim"], heads=s["heads"], head_dim=s["head_dim"], chunk_size=s["chunk_size"], network=network
+    network, backend = (
+        MemoryMLP(depth=s["depth"], expansion=s["expansion"]),
+        "triton" if case.device == "cuda" else "chunked",
     )
-    check = partial(check_memory, network, s["head_dim"], s["chunk_size"], case.device, layer.forget)
+    layer = NeuralMemory(
+        s["dim"], heads=s["heads"], head_dim=s["head_dim"], chunk_size=s["chunk_size"], network=network, backend=backend
+    )
+    check = partial(check_memory, case, network, backend, layer.forget)
     return subject(case, layer, lambda x: layer(x)[0], check)
 
 
-def check_memory(network: Any, head_dim: int, chunk_size: int, device: str = "cpu", forget: str = "zero") -> None:
-    """The backend that is timed against the reference, outputs and gradients, two chunks and a token (float64)."""
+def check_memory(case: Case, network: Any, backend: str, forget: str = "zero") -> None:
+    """The backend that is timed against the reference, outputs and gradients, two chunks and a token.
+
+    "chunked" in float64 and small; "triton" as it is timed, with at most twice the error of "chunked".
+    """
     from titans.memory import neural_memory
 
-    generator = torch.Generator().manual_seed(0)
-    B, T, H, d = 2, 2 * chunk_size + 1, 1, min(head_dim, 8)
+    generator, kernels = torch.Generator().manual_seed(0), backend == "triton"
+    C, d = case.sizes["chunk_size"], case.sizes["head_dim"] if kernels else min(case.sizes["head_dim"], 8)
+    B, T, H = 2, 2 * C + 1, 1
     q, k, v = (F.normalize(torch.randn(B, T, H, d, generator=generator).double(), dim=-1) for _ in range(3))
     lr = 0.01 * torch.rand(B, T, H, generator=generator).double()
     log_gates = [F.logsigmoid(2 + torch.randn(B, T, H, generator=generator).double()) for _ in range(2)]
-    weights = tuple(w.double() for w in network.init(H, d))
-    results = []
-    inputs = (q, k, v, lr, *log_gates, *weights)
-    for backend in ("reference", "auto"):
-        leaves = [t.to(device, copy=True).requires_grad_() for t in inputs]
-        memory: Any = partial(neural_memory, network=network, chunk_size=chunk_size, forget=forget, backend=backend)
+    inputs = (q, k, v, lr, *log_gates, *(w.double() for w in network.init(H, d)))
+
+    def results(backend: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        others = torch.float64 if dtype == torch.float64 else torch.float32
+        leaves = [t.to(case.device, dtype if i < 3 else others, copy=True) for i, t in enumerate(inputs)]
+        leaves = [t.requires_grad_() for t in leaves]
+        memory: Any = partial(neural_memory, network=network, chunk_size=C, forget=forget, backend=backend)
         out, state = memory(*leaves[:6], tuple(leaves[6:]))
         loss = out.square().sum() + sum(w.square().sum() for w in state.weights)
-        results.append((out, *torch.autograd.grad(loss, leaves)))
-    for got, expected in zip(*results[::-1], strict=True):
-        error = ((got - expected).norm() / expected.norm().clamp_min(1e-12)).item()
-        if not error < 1e-9:
+        return [out, *torch.autograd.grad(loss, leaves)]
+
+    def errors(got: list[Tensor]) -> list[float]:
+        return [((g - e).norm() / e.norm().clamp_min(1e-12)).item() for g, e in zip(got, exact, strict=True)]
+
+    exact, dtype = results("reference"), getattr(torch, case.dtype) if kernels else torch.float64
+    bounds = [1e-5 + 2 * e for e in errors(results("chunked", dtype))] if kernels else [1e-9] * len(exact)
+    for error, bound in zip(errors(results(backend, dtype)), bounds, strict=True):
+        if not error < bound:
             raise AssertionError(f"the memory differs from its reference by {error:.1e}; no speed is reported for it")
 
 

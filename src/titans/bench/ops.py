@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,8 @@ def _gates(case: Case, number: int) -> list[Tensor]:
     return [torch.rand(shape, device=case.device) for _ in range(number)]
 
 
-def titans(case: Case) -> Subject:
-    """titans.neural_memory."""
+def titans(case: Case, backend: str = "chunked") -> Subject:
+    """titans.neural_memory in plain PyTorch."""
     from titans.memory import MemoryMLP, neural_memory
 
     s, device = case.sizes, case.device
@@ -46,9 +47,15 @@ def titans(case: Case) -> Subject:
     gates = [0.1 * lr, momentum.log(), torch.log1p(-0.01 * forget)]
 
     def call(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor, retention: Tensor, *maps: Tensor) -> Tensor:
-        return neural_memory(q, k, v, lr, momentum, retention, maps, network=network, chunk_size=s["chunk_size"])[0]
+        arguments: Any = {"network": network, "chunk_size": s["chunk_size"], "backend": backend}
+        return neural_memory(q, k, v, lr, momentum, retention, maps, **arguments)[0]
 
-    return subject(case, gates + weights, call, partial(check_memory, network, s["head_dim"], s["chunk_size"], device))
+    return subject(case, gates + weights, call, partial(check_memory, case, network, backend))
+
+
+def titans_triton(case: Case) -> Subject:
+    """titans.neural_memory by its kernels."""
+    return titans(case, "triton")
 
 
 def gated_delta_rule(case: Case) -> Subject:
