@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +13,10 @@ import torch
 from memory_cases import MASKS, assert_equal, gradients, make
 from tolerances import EQUAL, LOW_PRECISION, error
 
-from titans.memory import MemoryMLP, dispatch
+from titans.memory import MemoryMLP, dispatch, pieces
 
 pytest.importorskip("triton", reason="triton is not installed; pip install 'titans[kernels]'")
-kernels = pytest.importorskip("titans.memory.kernels.scan")
+kernels = import_module("titans.memory.kernels.scan")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 C = 16
@@ -98,6 +99,13 @@ def test_long_call_without_gradients(launches):
     kept = case.leaves().run("triton", info=False)
     assert_equal((fast[0], fast[1].maps), (kept[0].detach(), tuple(m.detach() for m in kept[1].maps)), 0.0)
     assert launches == ["forward", "forward"]
+
+
+def test_pieces_of_a_long_call(monkeypatch, launches):
+    """Every piece is worked out again for its backward."""
+    monkeypatch.setattr(pieces, "PIECE", C)
+    assert_near(small(MemoryMLP(expansion=1), T=3 * C, forget="start"))
+    assert launches == ["forward"] * 3 + ["forward", "backward"] * 3
 
 
 def test_two_backward_passes_agree():

@@ -37,10 +37,8 @@ def titans(case: Case) -> Subject:
     from titans.memory import MemoryMLP
 
     s = case.sizes
-    network, backend = (
-        MemoryMLP(depth=s["depth"], expansion=s["expansion"]),
-        "triton" if case.device == "cuda" else "chunked",
-    )
+    network = MemoryMLP(depth=s["depth"], expansion=s["expansion"])
+    backend = "triton" if case.device == "cuda" else "chunked"
     layer = NeuralMemory(
         s["dim"], heads=s["heads"], head_dim=s["head_dim"], chunk_size=s["chunk_size"], network=network, backend=backend
     )
