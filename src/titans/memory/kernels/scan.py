@@ -48,8 +48,8 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gout, *gmaps):  # type: ignore[override]
-        network, C = ctx.network, ctx.chunk_size
-        inputs, held = ctx.saved_tensors[: -network.depth], ctx.saved_tensors[-network.depth :]
+        network, C, saved = ctx.network, ctx.chunk_size, ctx.saved_tensors  # to be asked for once
+        inputs, held = saved[: -network.depth], saved[-network.depth :]
         gmaps = [g.clone(memory_format=torch.contiguous_format) for g in gmaps]
         grads = [torch.empty_like(t) for t in inputs[:FIXED]] + [torch.zeros_like(t) for t in inputs[FIXED:]]
         gbase = grads[FIXED:] or gmaps  # not touched without base
