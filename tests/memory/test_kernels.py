@@ -25,10 +25,9 @@ NETWORKS = {  # and hidden units at a time
     "depth1 plain": (MemoryMLP(depth=1, residual=False, norm=False), 32),
     "expansion 1": (MemoryMLP(expansion=1), 64),
     "expansion 2, in blocks": (MemoryMLP(expansion=2), 32),
-    "expansion 3, in blocks": (MemoryMLP(expansion=3, activation="silu"), 64),
+    "expansion 3, in blocks": (MemoryMLP(expansion=3, activation="silu", residual=False), 64),
     "expansion 4": (MemoryMLP(expansion=4), 128),
-    "plain": (MemoryMLP(expansion=2, residual=False, norm=False), 64),
-    "relu": (MemoryMLP(expansion=2, activation="relu", residual=False), 64),
+    "plain": (MemoryMLP(expansion=2, activation="relu", residual=False, norm=False), 64),
 }
 
 
