@@ -8,10 +8,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from titans.tasks import get_task, language
+from titans.tasks import get_task
 from titans.training import likelihood
 from titans.training.config import parse_config
 from titans.training.models import build_model
+from titans.training.text import split_documents
 from titans.training.tokens import Corpus, byte_tokenizer
 
 TASK = get_task("language")
@@ -103,7 +104,7 @@ def test_held_out_text_is_never_trained_on(tmp_path):
     text.write_text("".join(f"{i:07d}\n" for i in range(1000)))
     config = parse_config(TASK, {"data": {"train": str(text)}, "training": {"length": 8}})
     data = TASK.load(config)
-    test = "".join(language._test_documents(config.data))
+    test = "".join(split_documents(config.data, "test"))
     train, validation = (bytes(d.ids[d.ids < 256].astype(np.uint8)).decode() for d in (data.train, data.validation))
     assert train + test + validation == text.read_text()
     assert len(test) > 0

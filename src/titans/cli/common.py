@@ -23,3 +23,16 @@ def parse(parser: ConfigParser, arguments: Sequence[str]) -> Namespace:
         return parser.parse_args(list(arguments))
     except ArgumentError as error:
         parser.error(str(error))
+
+
+def take(arguments: list[str], name: str) -> str | None:
+    """Removes `name VALUE` or `name=VALUE` from the arguments and returns VALUE."""
+    for index, argument in enumerate(arguments):
+        if argument.startswith(name + "="):
+            return arguments.pop(index).partition("=")[2]
+        if argument == name:
+            if index + 1 == len(arguments):
+                raise ValueError(f"{name} needs a value")
+            arguments.pop(index)
+            return arguments.pop(index)
+    return None

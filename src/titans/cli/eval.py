@@ -4,13 +4,14 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 
-from titans.cli.common import parse, quiet_libraries
+from titans.cli.common import parse, quiet_libraries, take
 from titans.training.config import ConfigParser
 
 EXAMPLES = """examples:
   titans eval language runs/mine                        on the run's own test text
-  titans eval language runs/mine --data other.txt --lengths "[512, 8192]"
+  titans eval language runs/mine --data other.txt --lengths 512 8192
   titans eval language runs/mine --data books.jsonl.xz --json result.json
+  titans eval needle runs/mine --task niah_single_2 --data books.jsonl.xz --lengths 2048 16384 --samples 100
 """
 
 
@@ -19,6 +20,9 @@ def main(arguments: list[str]) -> None:
 
     named = bool(arguments) and not arguments[0].startswith("-")
     task = get_task(arguments.pop(0) if named else "language")
+    test = take(arguments, "--data")
+    if test is not None:
+        arguments += ["--data.test", test]
     parser = ConfigParser(
         prog=f"titans eval {task.name}",
         description=f"Measures a trained model on a task ({', '.join(TASKS)}).",
@@ -26,8 +30,10 @@ def main(arguments: list[str]) -> None:
         exit_on_error=False,
     )
     parser.add_argument("run", type=str, help="folder of a run, as `titans train` leaves it")
-    parser.add_argument("--data", type=str | None, default=None, help="test data instead of the run's own")
-    parser.add_argument("--json", type=str | None, default=None, help="write the metrics to this file, too")
+    parser.add_argument("--json", type=str | None, default=None, help="file for the metrics; a picture beside it")
+    for f in fields(task.data_class):
+        text = f"{f.metadata['help']} (default: the run's own)"
+        parser.add_argument(f"--data.{f.name}", type=f.type | None, default=None, help=text)  # type: ignore[operator]
     defaults = task.evaluation_class()
     for f in fields(task.evaluation_class):
         default = getattr(defaults, f.name)
@@ -40,11 +46,13 @@ def main(arguments: list[str]) -> None:
     from titans.training.run import write_atomically
 
     model, tokenizer = load_run(options.run)
-    data = parse_config(task, load_yaml(Path(options.run) / "config.yaml")).data
-    if options.data is not None:
-        data = replace(data, test=options.data)
+    config = load_yaml(Path(options.run) / "config.yaml")
+    data = parse_config(task, config).data if config["task"] == task.name else task.data_class()
+    data = replace(data, **{name: value for name, value in vars(options.data).items() if value is not None})
     evaluation = task.evaluation_class(**{f.name: options[f.name] for f in fields(task.evaluation_class)})
     metrics = task.evaluate(model, tokenizer, data, evaluation)
     print(task.report(metrics))
     if options.json:
-        write_atomically(Path(options.json), json.dumps(metrics, indent=1))
+        path = Path(options.json)
+        write_atomically(path, json.dumps(metrics, indent=1))
+        task.plot({Path(options.run).name: metrics}, path.with_suffix(".png"))

@@ -3,7 +3,7 @@
 import datetime
 from pathlib import Path
 
-from titans.cli.common import quiet_libraries
+from titans.cli.common import quiet_libraries, take
 from titans.training.config import config_parser, load_yaml, parse_config
 
 USAGE = "titans train [CONFIG.yaml] [--data TEXT] [--output FOLDER] [--key value ...] | --resume RUN"
@@ -19,12 +19,12 @@ EXAMPLES = """examples:
 
 
 def main(arguments: list[str]) -> None:
-    resume = _take(arguments, "--resume")
+    resume = take(arguments, "--resume")
     if resume is not None:
         if arguments:
             raise ValueError(f"--resume takes the run's own config.yaml, but {arguments} was given; leave it out")
         arguments = [str(_config_of(resume)), "--output", resume]
-    source = _take(arguments, "--data")
+    source = take(arguments, "--data")
     if source is not None:
         arguments += ["--data.train", source]
     if arguments and not arguments[0].startswith("-"):
@@ -52,19 +52,6 @@ def main(arguments: list[str]) -> None:
     print("  " + "  ".join(sorted(path.name for path in Path(config.output).iterdir())))
 
 
-def _take(arguments: list[str], name: str) -> str | None:
-    """Removes `name VALUE` or `name=VALUE` from the arguments and returns VALUE."""
-    for index, argument in enumerate(arguments):
-        if argument.startswith(name + "="):
-            return arguments.pop(index).partition("=")[2]
-        if argument == name:
-            if index + 1 == len(arguments):
-                raise ValueError(f"{name} needs a value")
-            arguments.pop(index)
-            return arguments.pop(index)
-    return None
-
-
 def _config_of(run: str) -> Path:
     path = Path(run) / "config.yaml"
     if not path.exists():
@@ -74,7 +61,7 @@ def _config_of(run: str) -> Path:
 
 def _peek_task(arguments: list[str]) -> str:
     """The task decides which options there are, so it is looked for before they are parsed."""
-    task = _take(rest := list(arguments), "--task")
-    if task is None and (path := _take(rest, "--config")) is not None:
+    task = take(rest := list(arguments), "--task")
+    if task is None and (path := take(rest, "--config")) is not None:
         task = load_yaml(path).get("task")
     return task or "language"

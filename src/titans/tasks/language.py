@@ -2,12 +2,11 @@
 
 import gzip
 import lzma
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titans.training.config import TrainConfig, option, require
+from titans.training.config import TextData, TrainConfig, option, require
 from titans.training.task import TaskData
 
 if TYPE_CHECKING:
@@ -17,16 +16,9 @@ WHOLE = "whole"  # the window that holds a document from its first byte to its l
 
 
 @dataclass
-class LanguageData:
-    """Where the text comes from. Environment variables in paths are expanded."""
+class LanguageData(TextData):
+    """Where the text comes from, and how much of it is validated on."""
 
-    train: str | None = option(
-        None, "text file, folder, .jsonl (also .gz, .xz) or data set; by default Python's own standard library"
-    )
-    validation: str | None = option(None, "the same; by default the last 5 % of the training text")
-    test: str | None = option(None, "the same; by default 5 % of the training text, before the validation text")
-    tokenizer: str = option("bytes", "'bytes', or a folder with a tokenizer")
-    text_field: str = option("text", "field of .jsonl lines and data set rows that holds the text")
     validation_bytes: float = option(250_000, "validate on at most so many bytes, the beginnings of all documents")
 
     def __post_init__(self):
@@ -37,7 +29,7 @@ class LanguageData:
 class LanguageEvaluation:
     """What is measured on the test text."""
 
-    lengths: list[int] = option([512, 8192], "windows, in tokens: the model starts anew at each")  # noqa: RUF009
+    lengths: list[int] = option([512, 8192], "windows, in tokens: the model starts anew at each")
     whole: bool = option(True, "also read each document from first to last byte, the memory carried all the way")
     max_bytes: float = option(1e6, "measure on at most so many bytes, the beginnings of all documents")
     sample: int = option(200, "tokens of a sample to generate after the beginning of the first document")
@@ -55,6 +47,7 @@ class Language:
     data_class = LanguageData
     evaluation_class = LanguageEvaluation
     picture = "position.png"
+    higher_is_better = False
 
     def preset(self) -> dict[str, Any]:
         """A small byte-level MAC on the standard library's source: three to four minutes on two cores."""
@@ -79,21 +72,12 @@ class Language:
         }
 
     def load(self, config: TrainConfig) -> TaskData:
-        from titans.training.text import hold_out, stdlib_documents, truncate
+        from titans.training.text import expand, split_documents, truncate
         from titans.training.tokens import Corpus, WindowDataset, load_tokenizer
 
         data: LanguageData = config.data
-        if data.train is None:
-            train, validation = list(stdlib_documents("train")), list(stdlib_documents("validation"))
-        else:
-            train = _read(data.train, data)
-            if data.validation is not None:
-                validation = _read(data.validation, data)
-            else:
-                train, validation = hold_out(train, 0.05)
-            if data.test is None:
-                train, _ = hold_out(train, 0.05)
-        tokenizer = load_tokenizer(os.path.expandvars(data.tokenizer))
+        train, validation = (split_documents(data, split) for split in ("train", "validation"))
+        tokenizer = load_tokenizer(expand(data.tokenizer))
         validation = truncate(validation, int(data.validation_bytes))
         length = config.training.length
         return TaskData(
@@ -104,25 +88,19 @@ class Language:
 
     def build_model(self, config: TrainConfig, data: TaskData) -> "PreTrainedModel":
         from titans.training.models import build_model
+        from titans.training.tokens import special_ids
 
-        tokenizer = data.tokenizer
-        return build_model(
-            config.model,
-            vocab_size=len(tokenizer),
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            seed=config.training.seed,
-        )
+        return build_model(config.model, **special_ids(data.tokenizer), seed=config.training.seed)
 
     def evaluate(
         self, model: "PreTrainedModel", tokenizer: Any, data: LanguageData, evaluation: LanguageEvaluation
     ) -> dict[str, Any]:
         from titans.training.likelihood import measure
         from titans.training.models import has_constant_state
-        from titans.training.text import truncate
+        from titans.training.text import split_documents, truncate
         from titans.training.tokens import Corpus
 
-        documents = truncate(_test_documents(data), int(evaluation.max_bytes))
+        documents = truncate(split_documents(data, "test"), int(evaluation.max_bytes))
         corpus = Corpus.build(documents, tokenizer)
         text = "".join(documents).encode()
         windows: dict[str, int | None] = {str(length): length for length in evaluation.lengths}
@@ -184,28 +162,6 @@ class Language:
 
 
 task = Language()
-
-
-def _read(source: str, data: LanguageData) -> list[str]:
-    from titans.training.text import read_documents
-
-    path = os.path.expandvars(source)
-    if "$" in path:
-        raise ValueError(f"data={source!r} names an environment variable that is not set; set it or write the path")
-    return list(read_documents(path, data.text_field))
-
-
-def _test_documents(data: LanguageData) -> list[str]:
-    from titans.training.text import hold_out, stdlib_documents
-
-    if data.test is not None:
-        return _read(data.test, data)
-    if data.train is None:
-        return list(stdlib_documents("test"))
-    train = _read(data.train, data)
-    if data.validation is None:
-        train, _ = hold_out(train, 0.05)
-    return hold_out(train, 0.05)[1]
 
 
 def _sample(model: Any, tokenizer: Any, document: str, tokens: int) -> dict[str, str]:

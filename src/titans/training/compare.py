@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from titans.training.callbacks import write_atomically
-from titans.training.config import TrainConfig, parse_config, require
-from titans.training.models import nearest
+from titans.training.config import TrainConfig, nearest, parse_config, require
 from titans.training.provenance import provenance
 from titans.training.run import train
 from titans.training.task import Task
@@ -219,7 +218,10 @@ def table(results: dict[str, Any], task: Task) -> str:
         columns += [column for column in summaries[0] if column not in columns]
         speed = statistics.mean(run["tokens_per_second"] for run in entry["runs"])
         lines.append((name, entry, summaries, speed))
-    lines.sort(key=lambda line: statistics.mean(next(iter(summary.values())) for summary in line[2]))
+    lines.sort(
+        key=lambda line: statistics.mean(next(iter(summary.values())) for summary in line[2]),
+        reverse=task.higher_is_better,
+    )
     head = ["model", "parameters", "learning rate", *columns, "tokens/s", "seeds"]
     rows = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for name, entry, summaries, speed in lines:

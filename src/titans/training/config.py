@@ -5,10 +5,10 @@ No torch here: the command line builds its help from these classes.
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
@@ -27,6 +27,25 @@ def require(valid: bool, name: str, value: Any, mend: str) -> None:
     """Raises ValueError naming the argument, its value and the mend."""
     if not valid:
         raise ValueError(f"{name}={value!r} is not valid; use {mend}")
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """The valid words like `word`, or all of them where none is like it: the mend of a message."""
+    close = difflib.get_close_matches(str(word), sorted(valid), n=3, cutoff=0.6)
+    return " or ".join(map(repr, close)) if close else "one of " + ", ".join(sorted(valid))
+
+
+@dataclass
+class TextData:
+    """Where text comes from. Environment variables in paths are expanded."""
+
+    train: str | None = option(
+        None, "text file, folder, .jsonl (also .gz, .xz) or data set; by default Python's own standard library"
+    )
+    validation: str | None = option(None, "the same; by default the last 5 % of the training text")
+    test: str | None = option(None, "the same; by default 5 % of the training text, before the validation text")
+    tokenizer: str = option("bytes", "'bytes', or a folder with a tokenizer")
+    text_field: str = option("text", "field of .jsonl lines and data set rows that holds the text")
 
 
 @dataclass
@@ -81,7 +100,30 @@ class TrainConfig:
 
 
 class ConfigParser(ArgumentParser):
-    """Raises ValueError for a bad key, naming the nearest valid one."""
+    """Raises ValueError for a bad key, naming the nearest valid one. Lists may be written `--lengths 512 1024`."""
+
+    def parse_args(self, args: Sequence[str], *rest: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return super().parse_args(self._with_lists(args), *rest, **kwargs)
+
+    def _with_lists(self, arguments: Sequence[str]) -> list[str]:
+        """The words after an option that takes a list, put in brackets unless they are."""
+        gathered: list[str] = []
+        words: list[str] = []
+        for argument in [*arguments, "--"]:
+            if words and argument.startswith("-"):
+                gathered += [words[0], words[1] if words[1:2] and words[1][0] == "[" else f"[{', '.join(words[1:])}]"]
+                words = []
+            if words:
+                words.append(argument)
+            elif self._takes_list(argument):
+                words = [argument]
+            else:
+                gathered.append(argument)
+        return gathered[:-1]
+
+    def _takes_list(self, argument: str) -> bool:
+        typehint = getattr(self._option_string_actions.get(argument), "_typehint", None)
+        return get_origin(typehint) is list or list in {get_origin(part) for part in getattr(typehint, "__args__", ())}
 
     def error(self, message: str, ex: Exception | None = None):
         unknown = re.search(r"(?:unrecognized arguments: --|Option '|does not accept option ')([\w.+-]+)", message)

@@ -1,12 +1,13 @@
 """Models by a short description: ours and the library baselines, under one interface."""
 
-import difflib
 import importlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+
+from titans.training.config import nearest
 
 # type -> (module below transformers.models, config class, model class, defaults that make a model of about a million
 # parameters). The embeddings are tied in all of them.
@@ -97,36 +98,33 @@ def _derived(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
     return {"num_key_value_heads": fields["num_attention_heads"], "max_position_embeddings": 2**20, **fields}
 
 
-def nearest(word: str, valid) -> str:
-    """The valid words like `word`, or all of them where none is like it: the mend of a message."""
-    close = difflib.get_close_matches(str(word), sorted(valid), n=3, cutoff=0.6)
-    return " or ".join(map(repr, close)) if close else "one of " + ", ".join(sorted(valid))
-
-
 def has_constant_state(model: PreTrainedModel) -> bool:
     """Whether what the model carries from token to token stays of one size however long the text."""
     return model.config.model_type != "llama"
 
 
-def read_on(model: PreTrainedModel, input_ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+def read_on(
+    model: PreTrainedModel, input_ids: torch.Tensor, cache: Any = None, last: bool = False
+) -> tuple[torch.Tensor, Any]:
     """Reads `input_ids` [B, T] where `cache` left off: logits [B, T, vocab] and the cache to go on with.
 
-    `cache=None` begins anew. One interface over the libraries' different names for it.
+    `cache=None` begins anew; `last=True` gives the last token's logits alone, [B, 1, vocab]. One interface over the
+    libraries' different names for it.
     """
+    extra: dict[str, Any] = {"logits_to_keep": 1} if last else {}
     if model.config.model_type == "mamba2":
-        output = model(input_ids=input_ids, cache_params=cache, use_cache=True)
+        output = model(input_ids=input_ids, cache_params=cache, use_cache=True, **extra)
         return output.logits, output.cache_params
-    extra = {}
     if model.config.model_type == "qwen3_5_text":
         # Without an attention layer the library cannot ask its cache for the length; nothing here needs it.
         no_mask = {"full_attention": None, "linear_attention": None}
-        extra = {"attention_mask": no_mask, "position_ids": torch.zeros_like(input_ids)}
+        extra |= {"attention_mask": no_mask, "position_ids": torch.zeros_like(input_ids)}
     output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extra)
     return output.logits, output.past_key_values
 
 
 def load_run(run: str) -> tuple[Any, Any]:
-    """Model (in evaluation mode, on the GPU if there is one) and tokenizer of a finished run's folder.
+    """Model (in evaluation mode, on the GPU if there is one) and tokenizer (None: it has none) of a finished run.
 
     Raises:
         FileNotFoundError: no run there, or one that has not finished.
@@ -145,4 +143,5 @@ def load_run(run: str) -> tuple[Any, Any]:
         raise ValueError(f"{weights} cannot be read ({error}); it is damaged, train again or restore it") from error
     if torch.cuda.is_available():
         model.cuda()
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    has_tokenizer = (folder / "tokenizer_config.json").exists()
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None

@@ -52,7 +52,7 @@ def train(
     clock, tokens_per_step = Clock(), config.training.tokens_per_step
     trainer = _Trainer(
         model=model,
-        args=_arguments(config, folder),
+        args=_arguments(config, data, folder),
         train_dataset=data.train,
         eval_dataset=data.validation,
         callbacks=[clock, MetricsFile(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard")],
@@ -99,7 +99,7 @@ class _Trainer(Trainer):
         return [name for name, p in model.named_parameters() if p.ndim >= 2 and not _NO_DECAY.search(name)]
 
 
-def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
+def _arguments(config: TrainConfig, data: TaskData, folder: Path) -> TrainingArguments:
     training = config.training
     interval = training.eval_every * (training.steps if training.eval_every <= 1 else 1)
     devices = int(os.environ.get("WORLD_SIZE", "1"))
@@ -117,6 +117,7 @@ def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
         max_grad_norm=training.max_grad_norm,
         bf16=training.bf16,
         seed=training.seed,
+        train_sampling_strategy="sequential" if data.ordered else "random",
         eval_strategy="steps",
         eval_steps=max(1, round(interval)),
         save_strategy="steps",

@@ -18,11 +18,13 @@ class TaskData:
         train, validation: torch Datasets with a length; items are dicts of tensors that the model's forward takes,
             `labels` among them.
         tokenizer: saved beside the model; None where a task has none.
+        ordered: train on the items of `train` in their order, as they were made for it; otherwise they are shuffled.
     """
 
     train: Any
     validation: Any
     tokenizer: Any
+    ordered: bool = False
 
 
 class Task(Protocol):
@@ -33,12 +35,14 @@ class Task(Protocol):
         data_class: dataclass of the options under `data`; every field made by `option`.
         evaluation_class: the same for `evaluation`.
         picture: file name of its picture in a run's folder.
+        higher_is_better: of the headline of `summary`.
     """
 
     name: str
     data_class: type
     evaluation_class: type
     picture: str
+    higher_is_better: bool
 
     def preset(self) -> dict[str, Any]:
         """The main experiment: nested values that replace the defaults of the options."""

@@ -10,7 +10,10 @@ import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from titans.training.config import TextData
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +175,36 @@ def stdlib_documents(split: str) -> Iterator[str]:
                 yield text
 
 
+def split_documents(data: "TextData", split: str) -> list[str]:
+    """The documents of a split ("train", "validation" or "test"): its own source, or its share of the training text.
+
+    Raises:
+        ValueError, FileNotFoundError: as `read_documents`; also a path with an environment variable that is not set.
+    """
+    if split != "train" and (source := getattr(data, split)) is not None:
+        return read_source(source, data.text_field)
+    if data.train is None:
+        return list(stdlib_documents(split))
+    parts = {"train": read_source(data.train, data.text_field)}
+    for held_out in ("validation", "test"):
+        if getattr(data, held_out) is None:
+            parts["train"], parts[held_out] = hold_out(parts["train"], 0.05)
+    return parts[split]
+
+
+def read_source(source: str, text_field: str = "text") -> list[str]:
+    """`read_documents`, all at once, with environment variables in the path expanded."""
+    return list(read_documents(expand(source), text_field))
+
+
+def expand(path: str) -> str:
+    """A path with its environment variables replaced; ValueError if one is not set."""
+    expanded = os.path.expandvars(path)
+    if "$" in expanded:
+        raise ValueError(f"path={path!r} names an environment variable that is not set; set it or write the path")
+    return expanded
+
+
 def hold_out(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
     """Cuts the last `fraction` of the characters off; a document across the border is cut in two."""
     left = round(sum(map(len, documents)) * (1 - fraction))
@@ -193,3 +226,19 @@ def truncate(documents: Iterable[str], max_bytes: int) -> list[str]:
         left -= min(size, limit)
     kept = [data[:limit].decode(errors="ignore") for data in encoded]
     return [document for document in kept if document]
+
+
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+    """Where the sentences of a text begin and end, by NLTK's Punkt algorithm (Kiss & Strunk 2006) without a model.
+
+    That is what BABILong does. RULER loads NLTK's English model, a download, which knows abbreviations; here "Mr." ends
+    a sentence where a capital follows.
+
+    Raises:
+        ImportError: `nltk` is not installed.
+    """
+    try:
+        from nltk.tokenize.punkt import PunktSentenceTokenizer
+    except ImportError as error:
+        raise ImportError("cutting text into sentences needs `nltk`: pip install 'titans[questions]'") from error
+    return list(PunktSentenceTokenizer().span_tokenize(text))

@@ -1,6 +1,6 @@
 """Tokens and windows: the byte-level tokenizer, tokenized documents, packed training windows."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,17 +59,31 @@ def load_tokenizer(name_or_path: str = "bytes") -> Tokenizer:
     return tokenizer
 
 
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """What a model must know of its tokenizer, as `build_model` takes it."""
+    return {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
 def encode(tokenizer: Tokenizer, documents: list[str]) -> list[np.ndarray]:
     """Token ids of each document, uint16 or uint32 [tokens], without special tokens."""
+    return list(map(encoder(tokenizer), documents))
+
+
+def encoder(tokenizer: Tokenizer) -> Callable[[str], np.ndarray]:
+    """A function from a text to its token ids, uint16 or uint32 [tokens], without special tokens."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     letters = bytes_to_unicode()
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) - len(tokenizer.get_added_vocab()) == 256 and all(c in vocabulary for c in letters.values()):
         # A table look-up: the tokenizer itself would take minutes for a shelf of books.
         table = np.array([vocabulary[letters[byte]] for byte in range(256)], dtype=dtype)
-        return [table[np.frombuffer(document.encode(), np.uint8)] for document in documents]
+        return lambda text: table[np.frombuffer(text.encode(), np.uint8)]
     plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    return [np.asarray(tokenizer(document, **plain)["input_ids"], dtype=dtype) for document in documents]
+    return lambda text: np.asarray(tokenizer(text, **plain)["input_ids"], dtype=dtype)
 
 
 @dataclass(frozen=True)
