@@ -6,7 +6,7 @@ import pkgutil
 
 from titans.training.task import Task
 
-TASKS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+TASKS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name[0] != "_"))
 
 
 def get_task(name: str) -> Task:
