@@ -47,6 +47,8 @@ def main(arguments: list[str]) -> None:
 
     model, tokenizer = load_run(options.run)
     config = load_yaml(Path(options.run) / "config.yaml")
+    if tokenizer is None and config["task"] != task.name:
+        raise ValueError(f"run={options.run!r} has no tokenizer: {config['task']!r} has no text; give a run of text")
     data = parse_config(task, config).data if config["task"] == task.name else task.data_class()
     data = replace(data, **{name: value for name, value in vars(options.data).items() if value is not None})
     evaluation = task.evaluation_class(**{f.name: options[f.name] for f in fields(task.evaluation_class)})

@@ -38,6 +38,8 @@ def main(arguments: list[str]) -> None:
     from titans.training.models import load_run
 
     model, tokenizer = load_run(options.run)
+    if tokenizer is None:
+        raise ValueError(f"run={options.run!r} has no tokenizer: its model reads no text; give a run trained on text")
     prompt = _prompt(options.prompt, options.prompt_file) or tokenizer.bos_token
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, split_special_tokens=False).to(model.device)
     sampling: dict = {"do_sample": False}

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from titans.training.config import TextData, TrainConfig, nearest, option, require
-from titans.training.task import TaskData
+from titans.training.task import SPLITS, TaskData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEPTHS = 10  # rows of the heat map: the first tenth of the prompt, the second, ...
-_SPLITS = {"train": 0, "validation": 1, "test": 2}
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ class QuestionWindows:
 
         require(max(lengths) <= window, "data.lengths", lengths, f"lengths up to training.length={window}")
         self.makers, self.tokenizer, self.encode = makers, tokenizer, encoder(tokenizer)
-        self.seed, self.window, self.lengths, self.count = [seed, _SPLITS[split]], window, sorted(lengths), count
+        self.seed, self.window, self.lengths, self.count = [seed, SPLITS[split]], window, sorted(lengths), count
         self.text_loss, self.curriculum = text_loss, curriculum
 
     def __len__(self) -> int:
@@ -231,7 +230,7 @@ class QuestionTask:
         cells = []
         for number, (name, make) in enumerate(self.makers(data, "test", evaluation.task, tokenizer).items()):
             for length in evaluation.lengths:
-                seeds = ([evaluation.seed, _SPLITS["test"], number, length, i] for i in range(evaluation.samples))
+                seeds = ([evaluation.seed, SPLITS["test"], number, length, i] for i in range(evaluation.samples))
                 questions = (make(np.random.default_rng(s), length, evaluation.max_new_tokens) for s in seeds)
                 cell = examine(model, tokenizer, questions, length, evaluation.max_new_tokens)
                 cells.append({"task": name, "length": length, **cell})

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
     from titans.training.config import TrainConfig
 
+SPLITS = {"train": 0, "validation": 1, "test": 2}  # keeps the random numbers of the splits apart
+
 
 @dataclass(frozen=True)
 class TaskData:

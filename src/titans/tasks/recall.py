@@ -1,0 +1,231 @@
+"""Recall of many pairs: MQAR of "Zoology" (Arora et al. 2024, arXiv 2312.04927), on token ids, without a tokenizer.
+
+A sequence lists pairs of a key and a value; later the keys come again, and at each the model must name its value, which
+is not shown. All else is the filler 0.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from titans.training.config import TrainConfig, nearest, option, require
+from titans.training.task import SPLITS, TaskData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+VOCABULARY = 8192
+FILLER = 0
+POWER = 0.01  # of the law by which queries favour early places; 1 would be uniform
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sequences of `length` tokens with `pairs` pairs, `count` of them."""
+
+    length: int
+    pairs: int
+    count: int
+
+
+# Figure 2 of the paper trains one model a size; the "Based" set-up (arXiv 2402.18668) one model on several sizes.
+FIGURE_2 = {"64x4": (64, 4), "128x8": (128, 8), "256x16": (256, 16), "512x64": (512, 64)}
+SETUPS: dict[str, tuple[list[Sizes], list[Sizes]]] = {
+    **{name: ([Sizes(n, d, 100_000)], [Sizes(n, d, 3_000)]) for name, (n, d) in FIGURE_2.items()},
+    "based": (
+        [Sizes(64, 4, 100_000), *(Sizes(n, d, 20_000) for n, d in ((128, 8), (256, 16), (256, 32), (256, 64)))],
+        [
+            Sizes(n, d, 1_000)
+            for n, d in ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
+        ],
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class RecallData:
+    """Which sequences are trained and tested."""
+
+    setup: str = option(
+        "64x4", f"tokens x pairs of Zoology's figure 2, or its successor's mixture: {', '.join(SETUPS)}"
+    )
+    random_non_queries: bool = option(False, "fill with random ids instead of 0")
+    validation_sequences: int = option(256, "sequences of the validation loss")
+
+    def __post_init__(self):
+        require(self.setup in SETUPS, "data.setup", self.setup, nearest(self.setup, SETUPS))
+        require(self.validation_sequences > 0, "data.validation_sequences", self.validation_sequences, "at least 1")
+
+
+@dataclass
+class RecallEvaluation:
+    """What is measured: the set-up's test sequences."""
+
+    sequences: int | None = option(None, "test sequences of each size; by default the set-up's own 3,000 or 1,000")
+    seed: int = option(42, "of the sequences")
+
+    def __post_init__(self):
+        require(self.sequences is None or self.sequences > 0, "evaluation.sequences", self.sequences, "at least 1")
+        require(self.seed >= 0, "evaluation.seed", self.seed, "a number of at least 0")
+
+
+def mqar(
+    rng: np.random.Generator, length: int, pairs: int, *, vocabulary: int = VOCABULARY, random_non_queries: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """One sequence: inputs and targets, int64 [length] each; the target is -100 but where a key is asked for.
+
+    Keys are drawn from 1 .. vocabulary / 2 - 1 and values from vocabulary / 2 .. vocabulary - 1 without replacement.
+    Behind the pairs lie (length - 2 pairs) / 2 places of two tokens; the keys stand in places drawn without replacement
+    with probability proportional to place ** (a - 1), a = 0.01.
+
+    Raises:
+        ValueError: a length that is odd or below 4 * pairs, or too few ids for the pairs.
+    """
+    require(length % 2 == 0 and length >= 4 * pairs > 0, "length", length, f"an even one of at least 4 x {pairs} pairs")
+    half = vocabulary // 2
+    require(pairs < half, "pairs", pairs, f"fewer than half the {vocabulary} ids")
+    keys = 1 + rng.choice(half - 1, pairs, replace=False)
+    values = half + rng.choice(vocabulary - half, pairs, replace=False)
+    places = (length - 2 * pairs) // 2
+    weights = np.arange(1, places + 1) ** (POWER - 1.0)
+    queries = 2 * pairs + 2 * rng.choice(places, pairs, replace=False, p=weights / weights.sum())
+    inputs = rng.integers(vocabulary, size=length) if random_non_queries else np.full(length, FILLER)
+    inputs[: 2 * pairs : 2], inputs[1 : 2 * pairs : 2] = keys, values
+    inputs[queries] = keys
+    targets = np.full(length, -100)
+    targets[queries] = values
+    return inputs, targets
+
+
+class RecallSequences:
+    """Sequences of several sizes, item by item `{"input_ids": int64 [window], "labels": the same}`.
+
+    Each is made of the seed, the split and its index alone. Shorter sequences are filled up with the filler. Labels are
+    one place later than the targets of `mqar`, as the models shift them back.
+    """
+
+    def __init__(self, sizes: Sequence[Sizes], window: int, split: str, seed: int, random_non_queries: bool):
+        self.sizes, self.window, self.seed = sizes, window, [seed, SPLITS[split]]
+        self.random_non_queries = random_non_queries
+        self.ends = np.cumsum([size.count for size in sizes])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of an item, as `mqar` gives them."""
+        size = self.sizes[int(np.searchsorted(self.ends, index, "right"))]
+        rng = np.random.default_rng([*self.seed, index])
+        return mqar(rng, size.length, size.pairs, random_non_queries=self.random_non_queries)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        inputs, targets = self.sequence(index)
+        ids, labels = np.full(self.window, FILLER), np.full(self.window, -100)
+        ids[: len(inputs)] = inputs
+        labels[1 : len(targets)] = targets[:-1]  # the last token is never a query: it is second in its place
+        return {"input_ids": ids, "labels": labels}
+
+
+class Recall:
+    """MQAR; see `titans.training.task.Task` for the methods."""
+
+    name = "recall"
+    data_class = RecallData
+    evaluation_class = RecallEvaluation
+    picture = "recall.png"
+    higher_is_better = True
+
+    def preset(self) -> dict[str, Any]:
+        """A small LMM on figure 2's smallest size."""
+        return {
+            "model": {
+                "type": "titans",
+                "variant": "lmm",
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_memory_heads": 1,
+                "memory_expansion": 1,
+                "chunk_size": 16,
+            },
+            "training": {"length": 64, "batch_size": 64, "tokens": 6.4e6, "learning_rate": 4e-3, "eval_every": 0.1},
+        }
+
+    def load(self, config: TrainConfig) -> TaskData:
+        sizes, window, data = SETUPS[config.data.setup][0], config.training.length, config.data
+        longest = max(size.length for size in sizes)
+        require(window == longest, "training.length", window, f"{longest}, the longest of data.setup={data.setup!r}")
+        few = [Sizes(size.length, size.pairs, -(-data.validation_sequences // len(sizes))) for size in sizes]
+        return TaskData(
+            train=RecallSequences(sizes, window, "train", config.training.seed, data.random_non_queries),
+            validation=RecallSequences(few, window, "validation", 0, data.random_non_queries),
+            tokenizer=None,
+        )
+
+    def build_model(self, config: TrainConfig, data: TaskData) -> "PreTrainedModel":
+        from titans.training.models import build_model
+
+        ids = {"vocab_size": VOCABULARY, "eos_token_id": FILLER, "pad_token_id": FILLER}
+        return build_model(config.model, **ids, seed=config.training.seed)
+
+    def evaluate(
+        self, model: "PreTrainedModel", tokenizer: None, data: RecallData, evaluation: RecallEvaluation
+    ) -> dict[str, Any]:
+        known = model.config.vocab_size
+        require(known >= VOCABULARY, "model.vocab_size", known, f"a model of {VOCABULARY} ids, trained on this task")
+        cells = []
+        for size in SETUPS[data.setup][1]:
+            count = evaluation.sequences or size.count
+            sizes = [Sizes(size.length, size.pairs, count)]
+            test = RecallSequences(sizes, size.length, "test", evaluation.seed, data.random_non_queries)
+            accuracy = _accuracy(model, [test.sequence(index) for index in range(count)])
+            cells.append({"length": size.length, "pairs": size.pairs, "sequences": count, "accuracy": accuracy})
+        return {"cells": cells}
+
+    def summary(self, metrics: dict[str, Any]) -> dict[str, float]:
+        cells = metrics["cells"]
+        mean = {"accuracy (%)": float(np.mean([cell["accuracy"] for cell in cells]))}
+        return mean | {f"{cell['length']} x {cell['pairs']}": cell["accuracy"] for cell in cells}
+
+    def report(self, metrics: dict[str, Any]) -> str:
+        lines = ["| tokens | pairs | sequences | accuracy (%) |", "|---:|---:|---:|---:|"]
+        for cell in metrics["cells"]:
+            lines.append(f"| {cell['length']} | {cell['pairs']} | {cell['sequences']} | {cell['accuracy']:.2f} |")
+        return "\n".join(lines)
+
+    def plot(self, metrics: dict[str, dict[str, Any]], path: Path) -> None:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="tokens x pairs", ylabel="accuracy (%)", ylim=(-3, 103))
+        for name, m in metrics.items():
+            sizes = [f"{cell['length']} x {cell['pairs']}" for cell in m["cells"]]
+            axes.plot(sizes, [cell["accuracy"] for cell in m["cells"]], marker="o", label=name)
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+        figure.savefig(path, dpi=120)
+
+
+task = Recall()
+
+
+def _accuracy(model: "PreTrainedModel", sequences: list[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Percent of the queries of sequences of one length whose value is the likeliest id."""
+    import torch
+
+    from titans.training.models import read_on
+
+    right, asked = 0, 0
+    rows = max(1, 4096 // len(sequences[0][0]))
+    for begin in range(0, len(sequences), rows):
+        inputs, targets = (np.stack(part) for part in zip(*sequences[begin : begin + rows], strict=True))
+        with torch.inference_mode():
+            likeliest = read_on(model, torch.from_numpy(inputs).to(model.device))[0].argmax(-1).cpu().numpy()
+        right += int((likeliest == targets).sum())
+        asked += int((targets != -100).sum())
+    return 100 * right / asked
