@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from titans.cli import COMMANDS, main
+from titans.tasks import TASKS
 
 TINY = ["--model", '{"type": "sliding_llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}']
 SHORT = [
@@ -112,3 +113,26 @@ def test_help_imports_nothing_heavy():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "titans train" in out
     assert out.strip().endswith("False")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_options_of_a_task_import_no_torch(task):
+    code = (
+        "import sys, titans.cli\n"
+        "for command in (['train', '--task', sys.argv[1], '--help'], ['eval', sys.argv[1], '--help']):\n"
+        "    try: titans.cli.main(command)\n"
+        "    except SystemExit: pass\n"
+        "print('torch' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code, task], capture_output=True, text=True, check=True).stdout
+    assert "--training.tokens" in out
+    assert "titans eval " + task in out
+    assert out.strip().endswith("False")
+
+
+@pytest.mark.parametrize("written", [["--lengths", "16", "24"], ["--lengths", "[16, 24]"], ["--lengths=[16,24]"]])
+def test_lists_are_words_or_in_brackets(run, written, tmp_path, capsys):
+    out = tmp_path / "o.json"
+    assert main(["eval", "language", *written, "--json", str(out), "--sample", "0", "--", str(run)]) == 0
+    assert list(json.loads(out.read_text())["windows"]) == ["16", "24", "whole"]
+    assert out.with_suffix(".png").exists()

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from titans.cli import main
 from titans.tasks import get_task
 from titans.tasks.needle import NEEDLE_DEPTHS, NOISE, RULER, Essay, Needles, read_words
+from titans.training.compare import Experiment, compare, table
 from titans.training.config import parse_config
 from titans.training.run import _Trainer, train
 
@@ -316,3 +317,33 @@ def test_books_and_word_lists_as_shipped():
         assert maker.size(question.prompt) <= 1920, name
         assert maker.size(question.prompt) > 1850 or RULER[name].haystack == "needle"
         assert question.found(question.target) == [True] * len(question.answers)
+
+
+def test_all_models_compare_and_the_best_stands_first(values, tmp_path):
+    titans = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
+              "num_memory_heads": 1, "memory_expansion": 1, "chunk_size": 16, "segment_length": 32}  # fmt: skip
+    plain = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    gdn = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+           "linear_key_head_dim": 16, "linear_value_head_dim": 16}  # fmt: skip
+    specs = {name: {"type": "titans", "variant": name, **titans} for name in ("lmm", "mac", "mag", "mal")}
+    specs |= {"llama": {"type": "llama", **plain}, "sliding": {"type": "sliding_llama", "sliding_window": 16, **plain}}
+    specs |= {"mamba2": {"type": "mamba2", "hidden_size": 16, "num_hidden_layers": 1, "head_dim": 16, "state_size": 8}}
+    specs |= {"gated_delta_net": {"type": "gated_delta_net", **gdn}}
+    experiment = Experiment.from_dict(
+        {
+            "task": "needle",
+            "output": str(tmp_path / "out"),
+            "models": {name: {"model": spec} for name, spec in specs.items()},
+            "data": values["data"] | {"lengths": [600]},
+            "training": values["training"] | {"tokens": 1200},
+            "evaluation": {"lengths": [700], "samples": 2, "max_new_tokens": 4},
+            "parameter_tolerance": 10,
+        }
+    )
+    results = compare(experiment, TASK, say=lambda text: None)
+    assert all(len(entry["runs"]) == 1 for entry in results["models"].values())
+    assert (tmp_path / "out" / "depth.png").exists()
+    for name, accuracy in (("mag", 100.0), ("llama", 50.0)):
+        results["models"][name]["runs"][0]["metrics"]["cells"][0]["accuracy"] = accuracy
+    rows = [row.split("|")[1].strip() for row in table(results, TASK).splitlines()]
+    assert rows[2:4] == ["mag", "llama"]
