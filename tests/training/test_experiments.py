@@ -1,0 +1,25 @@
+"""The experiments that come with the library: valid, and fair in size."""
+
+from pathlib import Path
+
+import pytest
+
+from titans.tasks import get_task
+from titans.training.compare import Experiment
+from titans.training.config import load_yaml
+from titans.training.task import TaskData
+from titans.training.tokens import byte_tokenizer
+
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "benchmarks").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiments_are_valid_and_their_models_of_one_size(path):
+    experiment = Experiment.from_dict(load_yaml(path))
+    task = get_task(experiment.task)
+    data = TaskData(train=None, validation=None, tokenizer=byte_tokenizer())
+    counts = []
+    for name in experiment.models:
+        config = experiment.config(task, name, "count")
+        counts.append(task.build_model(config, data).num_parameters())
+    assert max(counts) <= min(counts) * (1 + experiment.parameter_tolerance)
