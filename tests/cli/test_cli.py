@@ -136,3 +136,10 @@ def test_lists_are_words_or_in_brackets(run, written, tmp_path, capsys):
     assert main(["eval", "language", *written, "--json", str(out), "--sample", "0", "--", str(run)]) == 0
     assert list(json.loads(out.read_text())["windows"]) == ["16", "24", "whole"]
     assert out.with_suffix(".png").exists()
+
+
+def test_the_harness_without_its_package_names_the_extra(run, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "titans.training.harness", raising=False)
+    assert main(["eval", "harness", str(run), "--tasks", "niah_single_1"]) == 2
+    assert "titans[harness]" in capsys.readouterr().err

@@ -11,6 +11,7 @@ EXAMPLES = """examples:
   titans eval language runs/mine                        on the run's own test text
   titans eval language runs/mine --data other.txt --lengths 512 8192
   titans eval language runs/mine --data books.jsonl.xz --json result.json
+  titans eval harness runs/mine --tasks qa1 --babi babi_en10k    by the lm-evaluation-harness
   titans eval needle runs/mine --task niah_single_2 --data books.jsonl.xz --lengths 2048 16384 --samples 100
 """
 
@@ -18,6 +19,11 @@ EXAMPLES = """examples:
 def main(arguments: list[str]) -> None:
     from titans.tasks import TASKS, get_task
 
+    if arguments[:1] == ["harness"]:
+        from titans.cli.harness import main as harness
+
+        harness(arguments[1:])
+        return
     named = bool(arguments) and not arguments[0].startswith("-")
     task = get_task(arguments.pop(0) if named else "language")
     test = take(arguments, "--data")

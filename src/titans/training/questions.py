@@ -1,6 +1,6 @@
 """Questions at the end of long prompts: what the tasks that ask them share. No torch here."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -228,13 +228,18 @@ class QuestionTask:
         from titans.training.answers import examine
 
         cells = []
-        for number, (name, make) in enumerate(self.makers(data, "test", evaluation.task, tokenizer).items()):
-            for length in evaluation.lengths:
-                seeds = ([evaluation.seed, SPLITS["test"], number, length, i] for i in range(evaluation.samples))
-                questions = (make(np.random.default_rng(s), length, evaluation.max_new_tokens) for s in seeds)
-                cell = examine(model, tokenizer, questions, length, evaluation.max_new_tokens)
-                cells.append({"task": name, "length": length, **cell})
+        for name, length, questions in self.questions(tokenizer, data, evaluation):
+            cell = examine(model, tokenizer, questions, length, evaluation.max_new_tokens)
+            cells.append({"task": name, "length": length, **cell})
         return {"cells": cells}
+
+    def questions(self, tokenizer: Any, data: Any, evaluation: Any) -> Iterator[tuple[str, int, Iterator[Question]]]:
+        """For every name and length the test questions, each made when it is asked for, of its own number alone."""
+        for name, make in self.makers(data, "test", evaluation.task, tokenizer).items():
+            for length in evaluation.lengths:
+                seeds = [evaluation.seed, SPLITS["test"], evaluation.known.index(name), length]
+                rngs = (np.random.default_rng([*seeds, i]) for i in range(evaluation.samples))
+                yield name, length, (make(rng, length, evaluation.max_new_tokens) for rng in rngs)
 
     def summary(self, metrics: dict[str, Any]) -> dict[str, float]:
         cells = metrics["cells"]

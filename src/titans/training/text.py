@@ -238,7 +238,7 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
         ImportError: `nltk` is not installed.
     """
     try:
-        from nltk.tokenize.punkt import PunktSentenceTokenizer
+        from nltk.tokenize.punkt import PunktSentenceTokenizer  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("cutting text into sentences needs `nltk`: pip install 'titans[questions]'") from error
     return list(PunktSentenceTokenizer().span_tokenize(text))
