@@ -60,7 +60,10 @@ class Story:
 
 @dataclass(frozen=True)
 class Hidden(Question):
-    """A question that is right if its answer is the only label that the first sentence of the output names."""
+    """A question that is right if its answer is the only label that the first sentence of the output names.
+
+    Its depth is that of the last fact that supports the answer.
+    """
 
     labels: frozenset[str] = frozenset()  # those that do not occur in the question
 

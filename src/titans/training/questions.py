@@ -89,7 +89,7 @@ class QuestionData(TextData):
     )  # fmt: skip
     curriculum: bool = option(False, "begin with the shortest of the lengths and admit one more after each equal part")
     text_loss: float = option(
-        0.02, "fraction of the other tokens that are learned, too, drawn anew for every window; 0: the answers alone"
+        0.0, "fraction of the other tokens that are learned, too, drawn anew for every window; 0: the answers alone"
     )
     validation_windows: int = option(32, "windows of the validation loss, which counts the answers alone")
     known: ClassVar[tuple[str, ...]] = ()
