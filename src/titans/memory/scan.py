@@ -123,8 +123,11 @@ class _Inputs(NamedTuple):
     def like(self) -> "_Inputs":
         """Places for their gradients: zeros where several are added up."""
         summed = {"k", "write", "read", "to_state", "transition"}
-        make = {name: torch.zeros_like if name in summed else torch.empty_like for name in self._fields}
-        return _Inputs(*(None if t is None else make[name](t) for name, t in self._asdict().items()))  # type: ignore[arg-type]
+
+        def make(name: str, t: Tensor) -> Tensor:
+            return (torch.zeros if name in summed else torch.empty)(t.shape, dtype=t.dtype, device=t.device)
+
+        return _Inputs(*(None if t is None else make(name, t) for name, t in self._asdict().items()))  # type: ignore[arg-type]
 
 
 def _forward(network: MemoryMLP, t: _Inputs, gain, base: Tensors, maps: Tensors) -> tuple[Tensor, Tensors, _Chunk]:
