@@ -49,7 +49,8 @@ def mac(block, x: Tensor, reach: int) -> Tensor:
     for start in range(0, T, reach):
         s = x[start : start + reach]
         queries, gate = block.memory.queries(s.unsqueeze(0)), block.memory.out_gate(s)
-        h = block.memory.recall(queries, gate, tuple(block.memory.current_maps(state)))[0]  # eq. 21
+        recalled = block.memory.recall(queries, gate, tuple(block.memory.current_maps(state)))[0]
+        h = block.memory.out_proj(recalled)  # eq. 21
         causal = torch.ones(len(s), len(s), dtype=torch.bool).tril()
         y = s + attend(block.attention, s, causal, block.persistent, h)  # eqs. 22, 23
         for t in range(len(s)):  # eq. 24, and the per-token read of eq. 25

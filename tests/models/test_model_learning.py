@@ -75,12 +75,12 @@ def recalls(variant: str, steps: int, least: float) -> None:
 
 
 def test_recall():
-    recalls("mag", 400, 0.9)
+    recalls("mag", 600, 0.9)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("variant", "steps", "least"), [("lmm", 400, 0.9), ("mag", 400, 0.9), ("mac", 2000, 0.9), ("mal", 2000, 0.75)]
+    ("variant", "steps", "least"), [("lmm", 400, 0.9), ("mag", 600, 0.9), ("mac", 2000, 0.9), ("mal", 2000, 0.75)]
 )
 def test_recall_of_every_variant(variant, steps, least):
     recalls(variant, steps, least)
