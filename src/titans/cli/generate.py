@@ -35,11 +35,9 @@ def main(arguments: list[str]) -> None:
     import torch
     from transformers import TextStreamer, set_seed
 
-    from titans.training.models import load_run
+    from titans.training.models import load_text_run
 
-    model, tokenizer = load_run(options.run)
-    if tokenizer is None:
-        raise ValueError(f"run={options.run!r} has no tokenizer: its model reads no text; give a run trained on text")
+    model, tokenizer = load_text_run(options.run)
     prompt = _prompt(options.prompt, options.prompt_file) or tokenizer.bos_token
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, split_special_tokens=False).to(model.device)
     sampling: dict = {"do_sample": False}

@@ -40,12 +40,10 @@ def main(arguments: list[str]) -> None:
     except ImportError as error:
         raise ImportError(f"titans eval harness needs `lm-eval` ({error}): pip install 'titans[harness]'") from error
     from titans.tasks import babilong, needle
-    from titans.training.models import load_run
+    from titans.training.models import load_text_run
     from titans.training.run import write_atomically
 
-    model, tokenizer = load_run(options.run)
-    if tokenizer is None:
-        raise ValueError(f"run={options.run!r} has no tokenizer: its model reads no text; give a run of text")
+    model, tokenizer = load_text_run(options.run)
     tasks: list = list(options.tasks)
     for task, data in ((needle.task, {"words": options.words}), (babilong.task, {"babi": options.babi})):
         names = [name for name in options.tasks if name in task.data_class.known]

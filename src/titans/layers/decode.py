@@ -17,7 +17,7 @@ from titans.layers.lmm import LMM
 from titans.layers.mac import MAC, MACState
 from titans.layers.mag import MAG, MAGState
 from titans.layers.mal import MAL
-from titans.layers.neural_memory import NeuralMemory, unit
+from titans.layers.neural_memory import NeuralMemory
 from titans.memory import MemoryState, State
 from titans.memory.step import Stepper
 
@@ -41,13 +41,12 @@ class MemoryDecoder:
         return self.stepper.state
 
     def __call__(self, x: Tensor) -> Tensor:
-        memory, stepper, heads = self.memory, self.stepper, (self.memory.heads, self.memory.head_dim)
+        memory, stepper = self.memory, self.stepper
         qkv, gates, out_gate = _linear(x, self.weight).split(self.sizes, -1)
         qkv, stepper.conv = memory.conv(qkv.unsqueeze(1), stepper.conv, None)
-        qk, v = F.silu(qkv).view(len(x), 3, *heads).to(stepper.maps[0].dtype).split((2, 1), 1)
-        q, k, v = (t.flatten(0, 1).unsqueeze(1) for t in (*unit(qk).unbind(1), v.squeeze(1)))
+        q, k, v = (t.flatten(0, 2).unsqueeze(1) for t in memory.by_head(F.silu(qkv).to(stepper.maps[0].dtype)))
         reads = stepper(q, k, v, torch.stack(memory.gate_values(gates + memory.gates_proj.bias), -1).flatten(0, 1))
-        return _linear(memory.gated(reads.view(len(x), *heads).to(x.dtype), out_gate), memory.out_proj.weight)
+        return _linear(memory.gated(reads.view(len(x), memory.heads, -1).to(x.dtype), out_gate), memory.out_proj.weight)
 
 
 class _LMMDecoder:
@@ -100,7 +99,6 @@ class _MACDecoder:
         self.sizes = [3 * memory.dim, inner, inner]
         self.weight = torch.cat([attention.qkv_proj.weight, memory.qkv_proj.weight[:inner], memory.out_gate.weight])
         self.recalled = attention.qkv_proj.weight[memory.dim :] @ memory.out_proj.weight
-        self.place = int(state.memory.position[0]) % C
         held = state.held.unflatten(2, (2, 2)).flatten(1, 2)  # [B, 2 C, keys and values, heads, head_dim]
         self.table = rotary_table(torch.arange(C, device=held.device), held).unsqueeze(2)
         self.persistent = 0
@@ -121,23 +119,20 @@ class _MACDecoder:
         recalled = memory.recall(memory.as_queries(queries.unsqueeze(1)), gate.unsqueeze(1), self.maps)
         heads = attention.heads, attention.head_dim
         q, k, v = qkv.view(B, 3, 1, *heads).unbind(1)
+        place = self.memory.stepper.read % block.segment_length
         mk, mv = _linear(recalled.squeeze(1), self.recalled).view(B, 2, 1, *heads).unbind(1)
-        q, mk, k = rotate(torch.stack([q, mk, k]), self.table[:, self.place]).squeeze(2)
-        end = self.persistent + 2 * (self.place + 1)
+        q, mk, k = rotate(torch.stack([q, mk, k]), self.table[:, place]).squeeze(2)
+        end = self.persistent + 2 * (place + 1)
         self.held[0, :, :, end - 2 : end] = torch.stack([mk, k], 2)
         self.held[1, :, :, end - 2 : end] = torch.cat([mv, v], 1).transpose(1, 2)
         keys, values = self.held[:, :, :, :end]
         found = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values)
         y = x + _linear(found.flatten(1), attention.out_proj.weight)
         out = block.gate(y, self.memory(y))
-        self._advance()
-        return out
-
-    def _advance(self) -> None:
-        self.place += 1
-        if self.place == self.block.segment_length:
-            self.place, self.maps = 0, tuple(self.memory.stepper.current_maps())
+        if place + 1 == block.segment_length:
+            self.maps = tuple(self.memory.stepper.current_maps())
             self.held[..., self.persistent :, :].zero_()
+        return out
 
 
 _MIXERS: dict[type[Block], Callable] = {LMM: _LMMDecoder, MAC: _MACDecoder, MAG: _MAGDecoder, MAL: _MALDecoder}

@@ -175,8 +175,7 @@ class NeuralMemory(nn.Module):
     ) -> tuple[Tensor, MemoryState]:
         """Writes and reads, rows left-aligned: [B, T, heads, head_dim]; fills ``seen`` if it is given."""
         qkv, conv = self.conv(qkv, state.conv, None if mask is None else mask.sum(1))
-        qk, v = F.silu(qkv).unflatten(-1, (3, self.heads, self.head_dim)).split((2, 1), 2)
-        (q, k), v = unit(qk).unbind(2), v.squeeze(2)
+        q, k, v = self.by_head(F.silu(qkv))
         lr, log_momentum, log_retention = self.gate_values(gates)
         reads, state, *info = neural_memory(
             q, k, v, lr, log_momentum, log_retention, self.start(), network=self.network,
@@ -187,6 +186,11 @@ class NeuralMemory(nn.Module):
             seen |= {"lr": lr, "momentum": log_momentum.exp(), "forget": -torch.expm1(log_retention)}
             seen |= info[0]._asdict()
         return reads, replace(state, conv=conv)
+
+    def by_head(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q and k, on the unit sphere, and v, [B, T, heads, head_dim], from [B, T, 3 * heads * head_dim]."""
+        qk, v = qkv.unflatten(-1, (3, self.heads, self.head_dim)).split((2, 1), 2)
+        return *_unit(qk).unbind(2), v.squeeze(2)  # type: ignore[return-value]
 
     def write(self, x: Tensor, state: MemoryState, mask: Tensor | None) -> tuple[Tensor, MemoryState]:
         """``forward`` without its last part, ``output``: what was read, [B, T, heads, head_dim]; x left-aligned."""
@@ -202,7 +206,7 @@ class NeuralMemory(nn.Module):
 
     def as_queries(self, projected: Tensor) -> Tensor:
         """Queries [B, T, heads, head_dim] from their projection [B, T, heads * head_dim]."""
-        return unit(F.silu(projected).unflatten(-1, (self.heads, self.head_dim)))
+        return _unit(F.silu(projected).unflatten(-1, (self.heads, self.head_dim)))
 
     def recall(self, queries: Tensor, out_gate: Tensor, maps: tuple[Tensor, ...]) -> Tensor:
         """Asks a memory that stands still: M*(x W_Q), eq. 21, as ``out_proj`` takes it; nothing is written.
@@ -229,9 +233,10 @@ class NeuralMemory(nn.Module):
         return self.max_lr * g, F.logsigmoid(momentum), torch.log1p(-torch.sigmoid(forget) * g)
 
     def gated(self, reads: Tensor, out_gate: Tensor) -> Tensor:
+        """What was read [B, T, heads, head_dim], normalised and gated, as ``out_proj`` takes it."""
         return self.out_norm(reads).flatten(-2) * F.silu(out_gate)
 
 
-def unit(x: Tensor) -> Tensor:
+def _unit(x: Tensor) -> Tensor:
     """x [..., D] on the unit sphere."""
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=x.dtype).clamp_min(1e-6)

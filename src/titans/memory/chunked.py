@@ -8,7 +8,7 @@ from torch import Tensor
 from titans.memory.gates import chunk_masks
 from titans.memory.network import MemoryMLP, safe_sqrt
 from titans.memory.pieces import Cut
-from titans.memory.scan import advance, factors, narrow, weights_of, widen
+from titans.memory.scan import advance_all, narrow, weights_of, widen
 from titans.memory.state import MemoryState
 
 Tensors = Sequence[Tensor]
@@ -70,7 +70,7 @@ def chunked(
         pending = piece.where_read(piece.place(masks.to_state, pending @ masks.transition.mT, C), pending)
         transition = piece.where_read(masks.transition @ transition, transition)
         if piece.closes is not False:
-            closed = _advance(maps, x, d, pending, transition)
+            closed = advance_all(maps, x, d, pending, transition)
             maps = [piece.where_closed(new, old) for new, old in zip(closed, maps, strict=True)]
             pending, transition = piece.where_closed(nothing, pending), piece.where_closed(same, transition)
         held = [None if piece.closes is True else piece.where_closed(torch.zeros_like(f), f) for f in filled]
@@ -98,7 +98,7 @@ def current_maps(state: MemoryState, base: Tensors = ()) -> list[Tensor]:
     if unfinished if isinstance(unfinished, int) else unfinished.any():
         flat, sizes = _flat(state), state.pending.shape[:2]
         with torch.autocast(state.pending.device.type, enabled=False):
-            maps = _advance(flat.maps, flat.inputs, flat.signals, flat.pending, flat.transition)
+            maps = advance_all(flat.maps, flat.inputs, flat.signals, flat.pending, flat.transition)
         now = [w.unflatten(0, sizes) for w in weights_of(maps, (), maps[0].dtype)]
     return [w + b for w, b in zip(now, base, strict=True)] if base else list(now)
 
@@ -119,12 +119,6 @@ def _reader(maps: Tensors, base: Tensors, x: Tensors, d: Tensors, write: Tensor,
         return torch.baddbmm(held, scores, d[i].to(h.dtype), alpha=-1)
 
     return linear
-
-
-def _advance(maps: Tensors, x: Tensors, d: Tensors, pending: Tensor, transition: Tensor) -> list[Tensor]:
-    """The maps after the open chunk's tokens."""
-    sides = [factors(i, x_i, d_i, pending) for i, (x_i, d_i) in enumerate(zip(x, d, strict=True))]
-    return [advance(m, *side, transition) for m, side in zip(maps, sides, strict=True)]
 
 
 def _surprise(x: Tensors, d: Tensors, dtype: torch.dtype) -> Tensor:

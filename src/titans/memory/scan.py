@@ -79,6 +79,12 @@ def advance(map: Tensor, left: Tensor, right: Tensor, transition: Tensor) -> Ten
     return new
 
 
+def advance_all(maps: Tensors, x: Tensors, d: Tensors, mix: Tensor, transition: Tensor) -> list[Tensor]:
+    """``advance`` of every map by tokens with inputs x and signals d, weighted by mix [G, C, 2]."""
+    each = enumerate(zip(maps, x, d, strict=True))
+    return [advance(map, *factors(i, x_i, d_i, mix), transition) for i, (map, x_i, d_i) in each]
+
+
 def _diagonal(transition: Tensor) -> Tensor:
     """[G, 2, 2] -> [G, 2, 1, 1]"""
     return transition.diagonal(dim1=1, dim2=2)[..., None, None]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from titans.memory.network import MemoryMLP
-from titans.memory.scan import advance, factors
+from titans.memory.scan import advance_all, weights_of
 from titans.memory.state import MemoryState
 
 
@@ -105,20 +105,20 @@ class Stepper:
             d.insert(0, slope(torch.bmm(torch.cat([d[0], d[0]], 2), map[:, :2].flatten(1, 2)), z))
         return list(zip(x, d, strict=True))
 
+    def _advanced(self) -> list[Tensor]:
+        """Memory and momentum of every map after the open chunk's tokens."""
+        held = [map[:, ::2] for map in self.maps]
+        return advance_all(held, self.inputs, self.signals, self.weights[:, 2:], self.weights[:, :2].mT)
+
     def _close(self) -> None:
         """Moves the full chunk into the maps."""
-        transition, pending = self.weights[:, :2].mT, self.weights[:, 2:]
-        for i, (map, x, d) in enumerate(zip(self.maps, self.inputs, self.signals, strict=True)):
-            map[:, ::2] = advance(map[:, ::2], *factors(i, x, d, pending), transition)
-            x.zero_()
-            d.zero_()
-        pending.zero_()
-        transition.copy_(torch.eye(2, device=transition.device))
+        for map, new in zip(self.maps, self._advanced(), strict=True):
+            map[:, ::2] = new
+        for emptied in (*self.inputs, *self.signals, self.weights):
+            emptied.zero_()
+        self.weights[:, :2] = torch.eye(2, device=self.weights.device)
 
     def current_maps(self) -> list[Tensor]:
         """The memory's linear maps [B, H, d_in, d_out] after the last token."""
-        maps = []
-        for i, (map, x, d) in enumerate(zip(self.maps, self.inputs, self.signals, strict=True)):
-            new = advance(map[:, ::2], *factors(i, x, d, self.weights[:, 2:]), self.weights[:, :2].mT)[:, 0] + map[:, 1]
-            maps.append((new.mT if i else new).unflatten(0, self.shape))
-        return maps
+        now = weights_of(self._advanced(), [map[:, 1] for map in self.maps], self.weights.dtype)
+        return [w.unflatten(0, self.shape) for w in now]

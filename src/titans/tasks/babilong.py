@@ -244,20 +244,7 @@ class Babilong(QuestionTask):
 
     def preset(self) -> dict[str, Any]:
         """A small byte-level LMM that learns qa1 among as much text again."""
-        return {
-            "model": {
-                "type": "titans",
-                "variant": "lmm",
-                "hidden_size": 128,
-                "intermediate_size": 288,
-                "num_hidden_layers": 2,
-                "num_memory_heads": 4,
-                "memory_expansion": 1,
-                "chunk_size": 16,
-            },
-            "training": {"length": 1024, "batch_size": 8, "tokens": 4e6, "learning_rate": 4e-3, "eval_every": 0.1},
-            "evaluation": {"task": ["qa1"]},
-        }
+        return super().preset() | {"evaluation": {"task": ["qa1"]}}
 
     def makers(self, data: BabilongData, split: str, names: list[str], tokenizer: Any) -> dict[str, Maker]:
         from titans.training.text import split_documents

@@ -228,20 +228,7 @@ class Needle(QuestionTask):
 
     def preset(self) -> dict[str, Any]:
         """A small byte-level LMM that looks for a number among repeated lines."""
-        return {
-            "model": {
-                "type": "titans",
-                "variant": "lmm",
-                "hidden_size": 128,
-                "intermediate_size": 288,
-                "num_hidden_layers": 2,
-                "num_memory_heads": 4,
-                "memory_expansion": 1,
-                "chunk_size": 16,
-            },
-            "training": {"length": 1024, "batch_size": 8, "tokens": 4e6, "learning_rate": 4e-3, "eval_every": 0.1},
-            "evaluation": {"lengths": [1024, 2048, 4096, 8192], "samples": 50},
-        }
+        return super().preset() | {"evaluation": {"lengths": [1024, 2048, 4096, 8192], "samples": 50}}
 
     def makers(self, data: NeedleData, split: str, names: list[str], tokenizer: Any) -> dict[str, Maker]:
         from titans.training.text import split_documents

@@ -145,3 +145,11 @@ def load_run(run: str) -> tuple[Any, Any]:
         model.cuda()
     has_tokenizer = (folder / "tokenizer_config.json").exists()
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
+
+
+def load_text_run(run: str) -> tuple[Any, Any]:
+    """``load_run`` for what needs text: also a ValueError where the run has no tokenizer."""
+    model, tokenizer = load_run(run)
+    if tokenizer is None:
+        raise ValueError(f"run={run!r} has no tokenizer: its model reads no text; give a run trained on text")
+    return model, tokenizer

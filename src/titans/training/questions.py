@@ -187,7 +187,20 @@ class QuestionTask:
     higher_is_better = True
 
     def preset(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """A small byte-level LMM and how it is trained; what is asked of it is the task's own."""
+        return {
+            "model": {
+                "type": "titans",
+                "variant": "lmm",
+                "hidden_size": 128,
+                "intermediate_size": 288,
+                "num_hidden_layers": 2,
+                "num_memory_heads": 4,
+                "memory_expansion": 1,
+                "chunk_size": 16,
+            },
+            "training": {"length": 1024, "batch_size": 8, "tokens": 4e6, "learning_rate": 4e-3, "eval_every": 0.1},
+        }
 
     def makers(self, data: Any, split: str, names: list[str], tokenizer: Any) -> dict[str, Maker]:
         """By name, what makes the questions of a split ("train", "validation", "test")."""
