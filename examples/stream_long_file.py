@@ -22,7 +22,7 @@ def main() -> None:
     cache, half = TitansCache(model.config.num_hidden_layers), document.shape[1] // 2
     with torch.no_grad():
         for piece in document[:, :half].split(2048, dim=1):
-            model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(piece, cache=cache, use_cache=True, logits_to_keep=1)
             print(f"read {cache.get_seq_length():>7,} bytes, state {cache.nbytes / 1024:.0f} KiB")
 
         with tempfile.TemporaryDirectory() as folder:  # every layer's state is a safetensors file
@@ -34,8 +34,8 @@ def main() -> None:
                 layer.update(kind.load(Path(folder) / f"{i}.safetensors"), half)
 
         rest = document[:, half : half + 500]
-        a = model(rest, past_key_values=cache, use_cache=True).logits
-        b = model(rest, past_key_values=loaded, use_cache=True).logits
+        a = model(rest, cache=cache, use_cache=True).logits
+        b = model(rest, cache=loaded, use_cache=True).logits
         print("the loaded memory goes on exactly:", torch.equal(a, b))
 
 

@@ -83,9 +83,9 @@ def test_bfloat16_model_keeps_float32_memory(variant, tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     with torch.no_grad():
         out = model(ids())
-        out = model(ids(T=1), past_key_values=out.past_key_values)
+        out = model(ids(T=1), cache=out.cache)
     assert out.logits.dtype == torch.bfloat16
-    for state in memories(out.past_key_values):
+    for state in memories(out.cache):
         assert {t.dtype for t in (*state.maps, state.pending, state.transition)} == {torch.float32}
 
 
@@ -112,7 +112,7 @@ def test_autocast(variant):
     exact, expected = train()
     with torch.autocast("cpu", torch.bfloat16):
         out, got = train()
-    for state in memories(out.past_key_values):
+    for state in memories(out.cache):
         assert {t.dtype for t in (*state.maps, state.pending, state.transition)} == {torch.float32}
     assert abs((out.loss - exact.loss).item()) < 0.05 * exact.loss.item()
     assert torch.cosine_similarity(got, expected, 0) > (0.94 if variant == "mac" else 0.95)
@@ -122,7 +122,7 @@ def test_autocast(variant):
 def test_cache_moves_and_resets(variant):
     model = build(variant)
     with torch.no_grad():
-        cache = model(ids()).past_key_values
+        cache = model(ids()).cache
         before = {n: t.clone() for n, t in cache.layers[0].state.tensors().items()}
         cache.layers[0].offload()
         assert_equal(cache.layers[0].state.tensors(), before, 0.0)
@@ -130,4 +130,4 @@ def test_cache_moves_and_resets(variant):
         cache.reset()
         assert cache.get_seq_length() == 0
         assert cache.nbytes == 0
-        assert torch.equal(model(ids(), past_key_values=cache).logits, model(ids()).logits)
+        assert torch.equal(model(ids(), cache=cache).logits, model(ids()).logits)

@@ -34,7 +34,7 @@ def test_cached_steps_are_the_full_forward(variant, size, length):
         out = model(tokens[:, :length])
         logits = [out.logits]
         for t in range(length, tokens.shape[1]):
-            out = model(tokens[:, t : t + 1], past_key_values=out.past_key_values)
+            out = model(tokens[:, t : t + 1], cache=out.cache)
             logits.append(out.logits)
     near(torch.cat(logits, 1), full)
 
@@ -141,11 +141,13 @@ def test_cache_is_constant_in_size_and_reused(variant):
     """A conversation: generation goes on from a cache that was returned, as from the whole text."""
     model, prompt = build(variant, dtype=torch.float64), ids(B=1, T=40)
     with torch.no_grad():
-        short, long = model(prompt[:, :3]).past_key_values, model(prompt).past_key_values
+        short, long = model(prompt[:, :3]).cache, model(prompt).cache
     assert short.nbytes == long.nbytes > 0
     assert long.get_seq_length() == 40
     whole = greedy(model, prompt)
-    assert torch.equal(greedy(model, prompt, past_key_values=model(prompt[:, :25]).past_key_values), whole)
+    assert torch.equal(greedy(model, prompt, cache=model(prompt[:, :25]).cache), whole)
+    with torch.no_grad(), pytest.warns(FutureWarning, match="Use `cache` instead"):  # the name it had before
+        near(model(prompt[:, 25:], past_key_values=model(prompt[:, :25]).cache).logits, model(prompt).logits[:, 25:])
 
 
 @variants
@@ -161,8 +163,8 @@ def test_a_zero_length_mask_row_is_an_empty_memory(variant):
     """A row of pads only, then its first token: as if the row began there."""
     model, tokens = build(variant, dtype=torch.float64), ids(B=1, T=5)
     with torch.no_grad():
-        cache = model(torch.zeros_like(tokens), attention_mask=torch.zeros_like(tokens)).past_key_values
-        late = model(tokens, past_key_values=cache, attention_mask=torch.ones_like(tokens)).logits
+        cache = model(torch.zeros_like(tokens), attention_mask=torch.zeros_like(tokens)).cache
+        late = model(tokens, cache=cache, attention_mask=torch.ones_like(tokens)).logits
         assert_equal(late, model(tokens).logits)
 
 
@@ -171,14 +173,14 @@ def test_a_cache_in_the_middle_of_single_tokens(variant):
     """Copied without the model, rows chosen, read on in a piece: the same numbers as the full forward."""
     model, x = build(variant), ids(2, 25)
     with torch.no_grad():
-        full, cache = model(x).logits, model(x[:, :5], use_cache=True).past_key_values
+        full, cache = model(x).logits, model(x[:, :5], use_cache=True).cache
         for t in range(5, 14):
-            model(x[:, t : t + 1], past_key_values=cache)
+            model(x[:, t : t + 1], cache=cache)
         assert cache.layers[0]._decoder is not None
         other = copy.deepcopy(cache)
         assert other.layers[0]._decoder is None
-        near(model(x[:, 14:], past_key_values=other).logits, full[:, 14:])
+        near(model(x[:, 14:], cache=other).logits, full[:, 14:])
         cache.reorder_cache(torch.tensor([1, 1]))
         for t in range(14, 25):
-            near(model(x[[1, 1], t : t + 1], past_key_values=cache).logits[:, 0], full[[1, 1], t])
+            near(model(x[[1, 1], t : t + 1], cache=cache).logits[:, 0], full[[1, 1], t])
     assert cache.get_seq_length() == 25

@@ -52,7 +52,7 @@ def test_split_anywhere(variant, size):
         full = model(tokens, attention_mask=mask).logits
         for cut in range(1, T, 3):
             first = model(tokens[:, :cut], attention_mask=mask[:, :cut])
-            second = model(tokens[:, cut:], attention_mask=mask, past_key_values=first.past_key_values)
+            second = model(tokens[:, cut:], attention_mask=mask, cache=first.cache)
             logits = torch.cat([first.logits, second.logits], 1)
             near(logits[mask > 0], full[mask > 0])
 
@@ -76,6 +76,6 @@ def test_outputs_on_request(variant):
         assert len(out.hidden_states) == 3
         assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
         assert torch.equal(model(tokens, logits_to_keep=2).logits, out.logits[:, -2:])
-        assert model(tokens, use_cache=False).past_key_values is None
+        assert model(tokens, use_cache=False).cache is None
         expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         assert torch.allclose(model(tokens, labels=tokens).loss, expected)

@@ -59,9 +59,9 @@ def test_carried_memory_trains_over_segments(variant):
     """Truncated backpropagation: the cache carries numbers, ``detach_`` stops the history."""
     model, tokens = build(variant).train(), ids(T=30)
     first = model(tokens[:, :15], use_cache=True)
-    cache = first.past_key_values.detach_()
+    cache = first.cache.detach_()
     assert not any(t.requires_grad for layer in cache.layers for t in layer.state.tensors().values())
-    second = model(tokens[:, 15:], past_key_values=cache, labels=tokens[:, 15:])
+    second = model(tokens[:, 15:], cache=cache, labels=tokens[:, 15:])
     second.loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     assert model.model.layers[0].memory.qkv_proj.weight.grad.any()
@@ -95,7 +95,7 @@ def test_cached_decoding_of_a_fresh_model(variant):
         full, out = model(tokens).logits, model(tokens[:, :77])
         logits = [out.logits]
         for t in range(77, 150):
-            out = model(tokens[:, t : t + 1], past_key_values=out.past_key_values)
+            out = model(tokens[:, t : t + 1], cache=out.cache)
             logits.append(out.logits)
     assert (torch.cat(logits, 1) - full).abs().max() <= 1e-4
 

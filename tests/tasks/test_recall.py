@@ -121,7 +121,7 @@ def test_accuracy_counts_queries_alone():
                 assert input_ids[row].tolist() == inputs.tolist()
                 for place in np.flatnonzero(targets != -100)[::2]:
                     logits[row, place, targets[place]] = 1
-            return type("Output", (), {"logits": logits, "past_key_values": None})
+            return type("Output", (), {"logits": logits, "cache": None})
 
     sequences = [mqar(np.random.default_rng(seed), 32, 4, vocabulary=64) for seed in range(3)]
     assert recall._accuracy(Oracle(), sequences) == 50.0

@@ -141,9 +141,9 @@ class Script:
     class config:
         model_type = "scripted"
 
-    def __call__(self, input_ids, past_key_values=None, use_cache=None, logits_to_keep=0):
+    def __call__(self, input_ids, cache=None, use_cache=None, logits_to_keep=0):
         logits = torch.nn.functional.one_hot((input_ids[:, -1:] + 1).clamp(max=9), 10).float()
-        return type("Output", (), {"logits": logits, "past_key_values": None})
+        return type("Output", (), {"logits": logits, "cache": None})
 
 
 def test_decoding_stops_at_the_end_of_text_and_at_the_limit():

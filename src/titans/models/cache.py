@@ -97,7 +97,7 @@ class TitansCacheLayer(CacheLayerMixin):
 
 
 class TitansCache(Cache):
-    """``past_key_values`` of a Titans model: its size does not depend on what was read.
+    """The ``cache`` of a Titans model: its size does not depend on what was read.
 
     Args:
         num_hidden_layers: blocks of the model.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 
 from titans.layers import LMM, MAC, MAG, MAL, NeuralMemory
 from titans.layers.block import Block
@@ -74,22 +75,23 @@ class TitansModel(TitansPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # as every model of transformers
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: TitansCache | None = None,
+        cache: TitansCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         **_: object,
     ) -> BaseModelOutputWithPast:
-        """Reads tokens, going on from ``past_key_values`` if given.
+        """Reads tokens, going on from ``cache`` if given.
 
         Args:
             input_ids: [B, T]; or ``inputs_embeds`` [B, T, hidden_size].
             attention_mask: [B, T] or [B, past + T], zero at padding; padding changes nothing.
-            past_key_values: cache of an earlier call; it is updated in place. None starts from the empty memory.
+            cache: cache of an earlier call; it is updated in place. None starts from the empty memory.
             use_cache: return a cache; default ``config.use_cache`` outside of training.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -97,7 +99,6 @@ class TitansModel(TitansPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        cache = past_key_values
         if use_cache and cache is None:
             cache = TitansCache(self.config.num_hidden_layers)
         mask = None if attention_mask is None else check_mask(attention_mask[:, -x.shape[1] :], *x.shape[:2])
@@ -119,7 +120,7 @@ class TitansModel(TitansPreTrainedModel):
         x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=cache,
+            cache=cache,
             hidden_states=(*hidden_states, x) if output_hidden_states else None,  # type: ignore[arg-type]
         )
 
@@ -137,14 +138,15 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):  # type: ignore[override]
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = TitansCache(self.config.num_hidden_layers)
+        if generation_config.use_cache is not False and model_kwargs.get("cache") is None:
+            model_kwargs["cache"] = TitansCache(self.config.num_hidden_layers)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # as every model of transformers
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: TitansCache | None = None,
+        cache: TitansCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -156,14 +158,12 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
 
         ``logits_to_keep`` > 0: logits of that many last tokens only. Everything else as ``TitansModel``.
         """
-        out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states)
+        out = self.model(input_ids, attention_mask, cache, inputs_embeds, use_cache, output_hidden_states)
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:] if logits_to_keep else out.last_hidden_state)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
-        )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=out.cache, hidden_states=out.hidden_states)
 
 
 AutoConfig.register("titans", TitansConfig)

@@ -44,7 +44,7 @@ class TitansConfig(PreTrainedConfig):
     """
 
     model_type = "titans"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["cache"]  # noqa: RUF012
 
     variant: str = "mac"
     vocab_size: int = 258

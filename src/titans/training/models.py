@@ -108,19 +108,15 @@ def read_on(
 ) -> tuple[torch.Tensor, Any]:
     """Reads `input_ids` [B, T] where `cache` left off: logits [B, T, vocab] and the cache to go on with.
 
-    `cache=None` begins anew; `last=True` gives the last token's logits alone, [B, 1, vocab]. One interface over the
-    libraries' different names for it.
+    `cache=None` begins anew; `last=True` gives the last token's logits alone, [B, 1, vocab].
     """
     extra: dict[str, Any] = {"logits_to_keep": 1} if last else {}
-    if model.config.model_type == "mamba2":
-        output = model(input_ids=input_ids, cache_params=cache, use_cache=True, **extra)
-        return output.logits, output.cache_params
     if model.config.model_type == "qwen3_5_text":
         # Without an attention layer the library cannot ask its cache for the length; nothing here needs it.
         no_mask = {"full_attention": None, "linear_attention": None}
         extra |= {"attention_mask": no_mask, "position_ids": torch.zeros_like(input_ids)}
-    output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extra)
-    return output.logits, output.past_key_values
+    output = model(input_ids=input_ids, cache=cache, use_cache=True, **extra)
+    return output.logits, output.cache
 
 
 def load_run(run: str) -> tuple[Any, Any]:
