@@ -22,6 +22,8 @@ BAD = [
     ({"zzz": 1}, "unknown key 'zzz' for a Titans model$"),
     ({"variant": "max"}, "variant must be one of .*'max'"),
     ({"memory_gate": "relu"}, "memory_gate must be one of .*'relu'"),
+    ({"memory_write_price": -1, "memory_gate": "write"}, "memory_write_price=-1 must be 0 or more"),
+    ({"memory_write_price": 0.1}, "memory_write_price=0.1 .*memory_gate='write'.*'sigmoid'"),
     ({"memory_activation": "tanh"}, "activation must be one of .*'tanh'"),
     ({"memory_depth": 5}, "depth must be 1, 2, 3 or 4, got 5"),
     ({"memory_expansion": 0}, "expansion must be positive"),

@@ -55,6 +55,34 @@ def test_checkpointing_recomputes(variant):
 
 
 @variants
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_price_of_writing(variant, checkpointing):
+    """Fresh gates are all 3/4: the price is known, it is not part of the validation loss, and it closes gates."""
+    model = TitansForCausalLM(config(variant, memory_gate="write", memory_write_price=0.1))
+    free = copy.deepcopy(model)
+    free.config.memory_write_price = 0.0
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    loss = [
+        m.train(training)(ids(), labels=ids()).loss.item()
+        for m, training in ((model, True), (free, True), (model, False))
+    ]
+    assert loss[0] == pytest.approx(loss[1] + 0.1 * 0.75, abs=1e-5)
+    assert loss[2] == pytest.approx(loss[1], abs=1e-5)
+    bias = [
+        gradients(m.train(), ids())[f"model.layers.{i}.memory.gates_proj.bias"]
+        for i in range(model.config.num_hidden_layers)
+        for m in (model, free)
+    ]
+    heads = model.config.num_memory_heads
+    for priced, unpriced in zip(bias[::2], bias[1::2], strict=True):
+        # d hardsigmoid = 1/6, shared evenly by all heads and layers
+        expected = torch.full((heads,), 0.1 / 6 / heads / model.config.num_hidden_layers)
+        assert_equal((priced - unpriced)[:heads], expected)
+        assert_equal(priced[heads:], unpriced[heads:])
+
+
+@variants
 def test_carried_memory_trains_over_segments(variant):
     """Truncated backpropagation: the cache carries numbers, ``detach_`` stops the history."""
     model, tokens = build(variant).train(), ids(T=30)

@@ -225,16 +225,21 @@ class NeuralMemory(nn.Module):
 
     def gate_values(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """theta, log eta and log(1 - alpha) from what ``gates_proj`` gave."""
-        z = z.unflatten(-1, (3, self.heads))
-        write, momentum, forget = (z if z.dtype == torch.float64 else z.float()).unbind(-2)
+        z = z if z.dtype == torch.float64 else z.float()
+        write, momentum, forget = z.unflatten(-1, (3, self.heads)).unbind(-2)
         if self.gate == "sigmoid":
             return self.max_lr * torch.sigmoid(write), F.logsigmoid(momentum), F.logsigmoid(-forget)
-        g = F.hardsigmoid(write)
+        g = writes(z)
         return self.max_lr * g, F.logsigmoid(momentum), torch.log1p(-torch.sigmoid(forget) * g)
 
     def gated(self, reads: Tensor, out_gate: Tensor) -> Tensor:
         """What was read [B, T, heads, head_dim], normalised and gated, as ``out_proj`` takes it."""
         return self.out_norm(reads).flatten(-2) * F.silu(out_gate)
+
+
+def writes(z: Tensor) -> Tensor:
+    """The write gate g [..., heads] of what ``gates_proj`` gave; exactly 0 below -3, exactly 1 above 3."""
+    return F.hardsigmoid(z[..., : z.shape[-1] // 3])
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Titans as Hugging Face models: embed, blocks, norm, head."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from titans.layers import LMM, MAC, MAG, MAL, NeuralMemory
 from titans.layers.block import Block
-from titans.layers.neural_memory import GateProjection
+from titans.layers.neural_memory import GateProjection, writes
 from titans.memory.pieces import check_mask
 from titans.models.cache import TitansCache
 from titans.models.configuration import TitansConfig
@@ -125,6 +127,19 @@ class TitansModel(TitansPreTrainedModel):
         )
 
 
+@contextmanager
+def gates_of(model: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that fills with what the gates' projections of all memories give within the context."""
+    found: list[Tensor] = []
+    projections = [module for module in model.modules() if isinstance(module, GateProjection)]
+    hooks = [p.register_forward_hook(lambda _, __, z: found.append(z)) for p in projections]  # no more: checkpoints
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
     """A Titans language model; ``generate`` works as for every Hugging Face model, at constant memory."""
 
@@ -156,13 +171,18 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocab_size] of the next token, and the loss if ``labels`` [B, T] (-100: ignored) are given.
 
+        In training the loss holds the price of writing, if the configuration sets one.
         ``logits_to_keep`` > 0: logits of that many last tokens only. Everything else as ``TitansModel``.
         """
-        out = self.model(input_ids, attention_mask, cache, inputs_embeds, use_cache, output_hidden_states)
+        price = self.config.memory_write_price if self.training and labels is not None else 0.0
+        with gates_of(self.model) if price else nullcontext([]) as gates:
+            out = self.model(input_ids, attention_mask, cache, inputs_embeds, use_cache, output_hidden_states)
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:] if logits_to_keep else out.last_hidden_state)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if price:
+                loss = loss + price * torch.cat([writes(z).flatten() for z in gates]).mean()
         return CausalLMOutputWithPast(loss=loss, logits=logits, cache=out.cache, hidden_states=out.hidden_states)
 
 

@@ -29,6 +29,8 @@ class TitansConfig(PreTrainedConfig):
         memory_expansion: hidden width of the memory network over its head width.
         memory_activation, memory_residual, memory_norm: see ``titans.memory.MemoryMLP``.
         memory_gate: ``"sigmoid"`` or ``"write"``, see ``titans.NeuralMemory``.
+        memory_write_price: in training this much times the mean write gate of all tokens, heads and layers is added to
+            the loss, so that what need not be written is not. 0.1 is a start; needs ``memory_gate="write"``.
         memory_max_lr: largest inner step size theta; default as in ``titans.NeuralMemory``.
         memory_forget: ``"start"`` or ``"zero"``, see ``titans.NeuralMemory``.
         memory_conv_size: length of the causal convolution over queries, keys and values; 1 for none.
@@ -60,6 +62,7 @@ class TitansConfig(PreTrainedConfig):
     memory_residual: bool = True
     memory_norm: bool = True
     memory_gate: str = "sigmoid"
+    memory_write_price: float | int = 0.0
     memory_max_lr: float | None = None
     memory_forget: str = "start"
     memory_conv_size: int = 4
@@ -102,6 +105,11 @@ class TitansConfig(PreTrainedConfig):
             raise ValueError(f"variant must be one of {VARIANTS}, got {self.variant!r}")
         if self.memory_gate not in GATES:
             raise ValueError(f"memory_gate must be one of {GATES}, got {self.memory_gate!r}")
+        if self.memory_write_price < 0 or (self.memory_write_price and self.memory_gate != "write"):
+            raise ValueError(
+                f"memory_write_price={self.memory_write_price} must be 0 or more, and 0 unless memory_gate='write' "
+                f"(it is {self.memory_gate!r})"
+            )
         if self.memory_forget not in FORGET:
             raise ValueError(f"memory_forget must be one of {FORGET}, got {self.memory_forget!r}")
         positive = (
