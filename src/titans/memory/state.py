@@ -36,6 +36,15 @@ class State:
         """Every row ``times`` times, copies side by side."""
         return self.map(lambda t: t.repeat_interleave(times, 0))
 
+    def where(self, rows: Tensor, other: Self) -> Self:
+        """The rows of the batch where ``rows`` [B] is true; those of ``other`` elsewhere."""
+        theirs = other.tensors()
+
+        def choose(name: str, mine: Tensor) -> Tensor:
+            return torch.where(rows.view(-1, *[1] * (mine.dim() - 1)), mine, theirs[name])
+
+        return self.from_tensors({name: choose(name, t) for name, t in self.tensors().items()})
+
     def detach(self) -> Self:
         """The same numbers without their history: gradients stop here."""
         return self.map(Tensor.detach)

@@ -1,6 +1,6 @@
 """The cache of Titans models: one state a layer, constant in size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -117,3 +117,11 @@ class TitansCache(Cache):
         for layer in self.layers:
             layer.detach()  # type: ignore[union-attr]
         return self
+
+    def restart(self, rows: Tensor, blocks: Iterable[Block]) -> None:
+        """Puts the rows of the batch where ``rows`` [B] is true back to before the first token, in place.
+
+        ``blocks``: the model's, ``model.model.layers``: where they start belongs to what is learned.
+        """
+        for layer, block in zip(self.layers, blocks, strict=True):
+            layer._change(lambda state, block=block: state.where(~rows, block.initial_state(len(rows))))  # type: ignore

@@ -20,6 +20,10 @@ class LanguageData(TextData):
     """Where the text comes from, and how much of it is validated on."""
 
     validation_bytes: float = option(250_000, "validate on at most so many bytes, the beginnings of all documents")
+    carry: bool = option(
+        False, "train on the windows of a document in their order, the memory carried from one to the next; gradients "
+        "stop at a window's start (Titans only)"
+    )  # fmt: skip
 
     def __post_init__(self):
         require(self.validation_bytes > 0, "data.validation_bytes", self.validation_bytes, "a number above 0")
@@ -79,12 +83,21 @@ class Language:
         train, validation = (split_documents(data, split) for split in ("train", "validation"))
         tokenizer = load_tokenizer(expand(data.tokenizer))
         validation = truncate(validation, int(data.validation_bytes))
-        length = config.training.length
+        corpus, length = Corpus.build(train, tokenizer), config.training.length
         return TaskData(
-            train=WindowDataset(Corpus.build(train, tokenizer).packed(), length),
+            train=self._streams(corpus, config) if data.carry else WindowDataset(corpus.packed(), length),
             validation=WindowDataset(Corpus.build(validation, tokenizer).packed(), length),
             tokenizer=tokenizer,
+            ordered=data.carry,
         )
+
+    def _streams(self, corpus: Any, config: TrainConfig) -> Any:
+        from titans.training.carried import DocumentStreams
+
+        kind, training = config.model.get("type", "titans"), config.training
+        require(kind == "titans", "data.carry", True, f"false: a {kind!r} cannot be trained with what it carries")
+        count = training.steps * training.gradient_accumulation * training.batch_size
+        return DocumentStreams(corpus, training.length, training.batch_size, count, training.seed)
 
     def build_model(self, config: TrainConfig, data: TaskData) -> "PreTrainedModel":
         from titans.training.models import build_model

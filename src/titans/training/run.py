@@ -17,6 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from titans.training.callbacks import Clock, MetricsFile, ProgressBar, TensorBoard, write_atomically
+from titans.training.carried import CarriedMemory
 from titans.training.config import TrainConfig
 from titans.training.provenance import provenance
 from titans.training.task import Task, TaskData
@@ -84,7 +85,24 @@ def train(
 
 
 class _Trainer(Trainer):
-    """The Trainer with two differences: it stops at a loss that is not finite, and gates and norms do not decay."""
+    """The Trainer with three differences.
+
+    It stops at a loss that is not finite; gates and norms do not decay; and where a batch says which of its rows begin
+    a document (``DocumentStreams``), the others go on with the memory of the batch before.
+    """
+
+    memory: CarriedMemory | None = None
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        begins = inputs.pop("begins", None)
+        if begins is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self.memory = self.memory or CarriedMemory()
+        cache = self.memory.before(self.accelerator.unwrap_model(model), begins)
+        kwargs["return_outputs"] = True
+        loss, outputs = super().compute_loss(model, {**inputs, "cache": cache, "use_cache": True}, *args, **kwargs)
+        self.memory.after(outputs.cache)
+        return loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -131,6 +149,7 @@ def _arguments(config: TrainConfig, data: TaskData, folder: Path) -> TrainingArg
         dataloader_drop_last=True,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
         disable_tqdm=True,
     )
 

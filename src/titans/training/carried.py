@@ -1,0 +1,84 @@
+"""Training with the memory carried: documents read in order, window by window."""
+
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from titans.models import TitansCache
+from titans.training.tokens import Corpus
+
+
+class DocumentStreams(Dataset):
+    """Windows of documents in their order: item i is the next window of stream i % ``streams``.
+
+    A stream reads whole documents one after the other, each ended by the end-of-text token; the streams share out all
+    documents, in an order that is drawn anew whenever all have been read. The last window of a document is filled up
+    with end-of-text tokens that are not learned, so that no window holds two documents.
+    Items are ``{"input_ids": LongTensor [length], "labels": the same, -100 where not learned, "begins": BoolTensor
+    []}``; ``begins`` says that a document begins here.
+
+    Args:
+        corpus: the documents.
+        length: tokens of a window.
+        streams: rows of a batch.
+        count: number of items, a multiple of ``streams``.
+        seed: of the order.
+    """
+
+    def __init__(self, corpus: Corpus, length: int, streams: int, count: int, seed: int):
+        self.corpus, self.length = corpus, length
+        rest: list[Iterator[tuple[int, int]]] = [iter(())] * streams
+        order = self._order(seed)
+        self.places = np.empty((count, 2), dtype=np.int64)  # document and first token of each item
+        for i in range(count):
+            place = next(rest[i % streams], None)
+            if place is None:
+                document = next(order)
+                rest[i % streams] = zip(repeat(document), range(0, len(corpus.ids[document]) + 1, length))
+                place = next(rest[i % streams])
+            self.places[i] = place
+
+    def _order(self, seed: int) -> Iterator[int]:
+        rng = np.random.default_rng(seed)
+        while True:
+            yield from map(int, rng.permutation(len(self.corpus.ids)))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        document, start = self.places[index]
+        text = self.corpus.ids[document][start : start + self.length].astype(np.int64)
+        ids = np.full(self.length, self.corpus.eos_token_id, dtype=np.int64)
+        ids[: len(text)] = text
+        labels = ids.copy()
+        labels[len(text) + 1 :] = -100
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "labels": torch.from_numpy(labels),
+            "begins": torch.tensor(start == 0),
+        }
+
+
+class CarriedMemory:
+    """The cache of a training run whose rows go on where they stopped, or begin a document."""
+
+    def __init__(self):
+        self.cache: TitansCache | None = None
+
+    def before(self, model: Any, begins: Tensor) -> TitansCache:
+        """The cache that the next windows go on from; anew in the rows where ``begins`` [B] is true."""
+        if self.cache is None:
+            self.cache = TitansCache(model.config.num_hidden_layers)
+        elif begins.any():
+            self.cache.restart(begins, model.model.layers)
+        return self.cache
+
+    def after(self, cache: TitansCache) -> None:
+        """What was read is kept, its history is not: gradients stop at a window's start."""
+        self.cache = cache.detach_()

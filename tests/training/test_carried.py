@@ -1,0 +1,119 @@
+"""Training with the memory carried from window to window."""
+
+import numpy as np
+import pytest
+import torch
+
+from titans.models import TitansConfig, TitansForCausalLM
+from titans.tasks import get_task
+from titans.training.carried import CarriedMemory, DocumentStreams
+from titans.training.config import parse_config
+from titans.training.run import train
+from titans.training.tokens import Corpus
+
+END, LENGTH = 9, 6
+SIZES = (13, 5, 6, 20, 1)  # none, one and several windows; with and without room for the end
+
+
+def corpus() -> Corpus:
+    rng = np.random.default_rng(0)
+    return Corpus([rng.integers(0, END, size).astype(np.uint16) for size in SIZES], END, 0, 0)
+
+
+def streams(count: int = 60, rows: int = 3, seed: int = 0) -> DocumentStreams:
+    return DocumentStreams(corpus(), LENGTH, rows, count, seed)
+
+
+def documents(data: DocumentStreams, row: int, rows: int = 3) -> list[list[int]]:
+    """What a stream learns to write, cut where it begins."""
+    found: list[list[int]] = []
+    for i in range(row, len(data), rows):
+        item = data[i]
+        if item["begins"]:
+            found.append([])
+        learned = item["labels"] != -100
+        assert torch.equal(item["labels"][learned], item["input_ids"][learned])
+        found[-1] += item["labels"][learned].tolist()
+    return found
+
+
+def test_streams_read_whole_documents_in_order():
+    data, texts = streams(), [[*ids.tolist(), END] for ids in corpus().ids]
+    read = [document for row in range(3) for document in documents(data, row)[:-1]]  # the last may be cut off
+    assert len(read) > 2 * len(texts)
+    assert all(document in texts for document in read)
+    assert all(document in read for document in texts)
+
+
+def test_all_documents_before_any_again():
+    first = [int(document) for document, start in streams().places if start == 0]
+    for turn in range(2):
+        assert sorted(first[turn * len(SIZES) : (turn + 1) * len(SIZES)]) == list(range(len(SIZES)))
+
+
+def test_the_order_is_the_seeds():
+    assert np.array_equal(streams().places, streams().places)
+    assert not np.array_equal(streams().places, streams(seed=1).places)
+
+
+@pytest.mark.parametrize("variant", ["lmm", "mac", "mag", "mal"])
+def test_windows_read_as_their_document(variant):
+    """Logits of carried windows are those of the whole document: nothing is lost, nothing of another is left."""
+    torch.manual_seed(0)
+    model = TitansForCausalLM(TitansConfig(
+        variant=variant, vocab_size=END + 1, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        chunk_size=4, segment_length=3, sliding_window=4, num_persistent_tokens=2,
+    )).double().train()  # fmt: skip
+    data, memory, logits = streams(), CarriedMemory(), []
+    for i in range(0, 30, 3):
+        batch = {name: torch.stack([data[i + row][name] for row in range(3)]) for name in data[0]}
+        out = model(batch["input_ids"], cache=memory.before(model, batch["begins"]), use_cache=True)
+        memory.after(out.cache)
+        logits.append(out.logits.detach())
+    for row in range(3):
+        places = data.places[row:30:3]
+        starts = [i for i, (_, start) in enumerate(places) if start == 0]
+        for begin, end in zip(starts, [*starts[1:], len(places)], strict=True):
+            ids = torch.cat([data[3 * i + row]["input_ids"] for i in range(begin, end)])
+            with torch.no_grad():
+                whole = model(ids.unsqueeze(0), use_cache=False).logits[0]
+            carried = torch.cat([logits[i][row] for i in range(begin, end)])
+            assert (carried - whole).abs().max() < 1e-9
+
+
+def config(folder, text, carry: bool = True, kind: str = "titans", **training):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    titans = {"variant": "lmm", "chunk_size": 8} if kind == "titans" else {}
+    return parse_config(get_task("language"), {
+        "output": str(folder), "model": {"type": kind, **sizes, **titans},
+        "data": {"train": str(text), "carry": carry}, "evaluation": {"lengths": [32], "sample": 0},
+        "training": {"length": 32, "batch_size": 4, "tokens": 32 * 4 * 8, "eval_every": 4, **training},
+    })  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(f'{{"text": "{f"{i} and {i * i}, " * (10 + i % 40)}"}}\n' for i in range(60)))
+    return path
+
+
+def test_only_titans(tmp_path, text):
+    with pytest.raises(ValueError, match=r"data.carry=True .*false: a 'llama' cannot be trained with what it carries"):
+        train(config(tmp_path / "run", text, kind="llama"), get_task("language"), progress=False)
+
+
+def test_training_carries(tmp_path, text, monkeypatch):
+    """The run's memory goes on at every step, through gradient accumulation, and holds no history."""
+    seen, after = [], CarriedMemory.after
+
+    def watch(self, cache):
+        after(self, cache)
+        seen.append(cache.layers[0].state)
+
+    monkeypatch.setattr(CarriedMemory, "after", watch)
+    train(config(tmp_path / "run", text, gradient_accumulation=2, tokens=32 * 8 * 5), get_task("language"),
+          progress=False)  # fmt: skip
+    assert len(seen) == 10
+    assert max(int(state.position.max()) for state in seen) >= 5 * 32
+    assert all(not t.requires_grad for state in seen for t in state.tensors().values())
