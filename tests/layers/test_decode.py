@@ -42,9 +42,10 @@ def test_options(network, gate, conv_size):
     assert_decodes(build("memory", network=NETWORKS[network], gate=gate, conv_size=conv_size), tokens(2, T), 4)
 
 
-def test_forgetting_towards_zero():
+@pytest.mark.parametrize(("forget", "momentum"), [("zero", True), ("none", True), ("start", False), ("none", False)])
+def test_forgetting_and_momentum(forget, momentum):
     layer = build("mac")
-    layer.memory.forget = "zero"
+    layer.memory.forget, layer.memory.momentum = forget, momentum
     assert_decodes(layer, tokens(2, T), 4)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from layer_cases import CASES, DIM, LAYERS, SIZES, build, run, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -106,6 +107,25 @@ def test_write_gate_can_be_exactly_closed():
     assert not info["forget"].any()
     start = layer.initial_state(len(x)).weights
     assert all(torch.equal(w, m) for w, m in zip(state.weights, start, strict=True))
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "write"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_momentum_and_forgetting_it_is_gradient_descent(gate, dtype):
+    """One linear map, chunks of one token: W grows by lr k 2 (v - W k)^T a token, and by nothing else."""
+    layer = NeuralMemory(8, heads=1, chunk_size=1, network=MemoryMLP(1, residual=False, norm=False), gate=gate,
+                         forget="none", momentum=False, conv_size=1, max_lr=0.3).to(dtype)  # fmt: skip
+    x = torch.randn(1, 40, 8, dtype=dtype)
+    _, state, info = layer(x, return_info=True)
+    assert not info["momentum"].any()
+    assert not info["forget"].any()
+    _, k, v = (
+        t[0, :, 0] for t in layer.by_head(F.silu(layer.conv(layer.qkv_proj(x), layer.conv.initial_state(1), None)[0]))
+    )
+    w = layer.start()[0][0]
+    for t in range(40):
+        w = w + info["lr"][0, t, 0] * torch.outer(k[t], 2 * (v[t] - k[t] @ w))
+    assert torch.allclose(layer.current_maps(state)[0][0, 0], w, atol=1e-5 if dtype == torch.float32 else 1e-12)
 
 
 @pytest.mark.parametrize("gate", ["sigmoid", "write"])

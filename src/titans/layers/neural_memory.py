@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from titans.layers.common import ShortConvolution, require_finite
 from titans.memory import MemoryMLP, MemoryState, current_maps, neural_memory
-from titans.memory.dispatch import FORGET
 from titans.memory.pieces import align, check_mask, in_pieces, is_long, take
 
 GATES = ("sigmoid", "write")
+FORGET = ("start", "zero", "none")
+NEVER = -1e3  # the logarithm of a gate that is shut: its exponential is 0 in any precision
 
 
 class GateProjection(nn.Linear):
@@ -52,7 +53,8 @@ class NeuralMemory(nn.Module):
         max_lr: largest theta; default 0.1, 0.005 at depth 4 (the outer gradient overflows at 0.02 and 8,192 tokens),
             and 0.1 / ``chunk_size`` for a network without norm, where nothing tames the sum of a chunk's gradients.
         forget: where forgetting leads: "start", to M_0, so that what was written fades and what was learned in training
-            stays; "zero", the paper's.
+            stays; "zero", the paper's; "none": nothing is forgotten.
+        momentum: whether surprise carries on from token to token; False: eta is 0, plain gradient descent.
         conv_size: length of the causal convolution over queries, keys and values; 1 for none.
         backend: see ``titans.memory.neural_memory``.
     """
@@ -68,6 +70,7 @@ class NeuralMemory(nn.Module):
         gate: str = "sigmoid",
         max_lr: float | None = None,
         forget: str = "start",
+        momentum: bool = True,
         conv_size: int = 4,
         backend: str = "auto",
     ):
@@ -79,7 +82,7 @@ class NeuralMemory(nn.Module):
                 raise ValueError(f"{name} must be one of {valid}, got {value!r}")
         self.dim, self.heads, self.head_dim = dim, heads, head_dim or dim // heads
         self.chunk_size, self.network, self.backend = chunk_size, network or MemoryMLP(), backend
-        self.gate, self.forget = gate, forget
+        self.gate, self.forget, self.momentum = gate, forget, momentum
         self.max_lr = self._stable_lr() if max_lr is None else max_lr
         inner = heads * self.head_dim
         self.qkv_proj = nn.Linear(dim, 3 * inner, bias=False)
@@ -179,8 +182,8 @@ class NeuralMemory(nn.Module):
         lr, log_momentum, log_retention = self.gate_values(gates)
         reads, state, *info = neural_memory(
             q, k, v, lr, log_momentum, log_retention, self.start(), network=self.network,
-            chunk_size=self.chunk_size, state=state, mask=mask, forget=self.forget, backend=self.backend,
-            return_info=seen is not None,
+            chunk_size=self.chunk_size, state=state, mask=mask, forget="start" if self.forget == "start" else "zero",
+            backend=self.backend, return_info=seen is not None,
         )  # type: ignore[misc]  # fmt: skip
         if seen is not None:
             seen |= {"lr": lr, "momentum": log_momentum.exp(), "forget": -torch.expm1(log_retention)}
@@ -227,10 +230,13 @@ class NeuralMemory(nn.Module):
         """theta, log eta and log(1 - alpha) from what ``gates_proj`` gave."""
         z = z if z.dtype == torch.float64 else z.float()
         write, momentum, forget = z.unflatten(-1, (3, self.heads)).unbind(-2)
+        log_momentum = F.logsigmoid(momentum) if self.momentum else torch.full_like(momentum, NEVER)
         if self.gate == "sigmoid":
-            return self.max_lr * torch.sigmoid(write), F.logsigmoid(momentum), F.logsigmoid(-forget)
-        g = writes(z)
-        return self.max_lr * g, F.logsigmoid(momentum), torch.log1p(-torch.sigmoid(forget) * g)
+            lr, log_retention = torch.sigmoid(write), F.logsigmoid(-forget)
+        else:
+            lr = writes(z)
+            log_retention = torch.log1p(-torch.sigmoid(forget) * lr)
+        return self.max_lr * lr, log_momentum, torch.zeros_like(forget) if self.forget == "none" else log_retention
 
     def gated(self, reads: Tensor, out_gate: Tensor) -> Tensor:
         """What was read [B, T, heads, head_dim], normalised and gated, as ``out_proj`` takes it."""

@@ -31,6 +31,7 @@ def build_block(config: TitansConfig) -> Block:
         gate=config.memory_gate,
         max_lr=config.memory_max_lr,
         forget=config.memory_forget,
+        momentum=config.memory_momentum,
         conv_size=config.memory_conv_size,
     )
     if config.variant == "lmm":

@@ -5,9 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from titans.layers.neural_memory import GATES
+from titans.layers.neural_memory import FORGET, GATES
 from titans.memory import MemoryMLP
-from titans.memory.dispatch import FORGET
 
 VARIANTS = ("mac", "mag", "mal", "lmm")
 _BASE_KEYS = {"dtype", "torch_dtype", "attn_implementation", "model_type", "transformers_version"}
@@ -32,7 +31,8 @@ class TitansConfig(PreTrainedConfig):
         memory_write_price: in training this much times the mean write gate of all tokens, heads and layers is added to
             the loss, so that what need not be written is not. 0.1 is a start; needs ``memory_gate="write"``.
         memory_max_lr: largest inner step size theta; default as in ``titans.NeuralMemory``.
-        memory_forget: ``"start"`` or ``"zero"``, see ``titans.NeuralMemory``.
+        memory_forget: ``"start"``, ``"zero"`` or ``"none"``, see ``titans.NeuralMemory``.
+        memory_momentum: whether surprise carries on from token to token.
         memory_conv_size: length of the causal convolution over queries, keys and values; 1 for none.
         chunk_size: tokens whose inner gradients are taken at the same memory.
         segment_length: tokens a segment (``mac``).
@@ -65,6 +65,7 @@ class TitansConfig(PreTrainedConfig):
     memory_write_price: float | int = 0.0
     memory_max_lr: float | None = None
     memory_forget: str = "start"
+    memory_momentum: bool = True
     memory_conv_size: int = 4
     chunk_size: int = 16
     segment_length: int = 64
