@@ -98,3 +98,11 @@ def test_bad_keys(values):
             Experiment.from_dict(values | change)
     with pytest.raises(ValueError, match="task"):
         Experiment.from_dict({"output": "x", "models": values["models"]})
+
+
+def test_a_run_is_known_by_what_the_experiment_says(values):
+    """A finished run stays finished when the library gains an option; another budget is another run."""
+    values["data"] = {"train": "text.txt"}
+    folder = Experiment.from_dict(values).config(TASK, "llama", "seed0", seed=0).output
+    assert folder == f"{values['output']}/runs/llama-seed0-ed76c0d6aa"
+    assert Experiment.from_dict(values).config(TASK, "llama", "seed0", seed=0, tokens=2048).output != folder

@@ -65,7 +65,7 @@ class Experiment:
         return self.models[name].get("seeds", self.seeds)
 
     def config(self, task: Task, name: str, kind: str, **training: Any) -> TrainConfig:
-        """The checked configuration of one run; its folder's name holds a hash of everything that defines it."""
+        """The checked configuration of one run; its folder's name holds a hash of all that the experiment says."""
         values = {
             "model": self.models[name]["model"],
             "data": self.data,
@@ -73,7 +73,7 @@ class Experiment:
             "training": self.training | training,
         }
         config = parse_config(task, copy.deepcopy(values))
-        defining = json.dumps(config.to_dict(), sort_keys=True)
+        defining = json.dumps({"task": self.task, **values}, sort_keys=True)
         digest = hashlib.sha256(defining.encode()).hexdigest()[:10]
         config.output = str(Path(self.output) / "runs" / f"{name}-{kind}-{digest}")
         return config
