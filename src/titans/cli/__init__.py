@@ -6,6 +6,7 @@ import sys
 COMMANDS = {
     "train": "train a model; without arguments, a small one on text this machine already has",
     "generate": "let a trained model go on from a prompt",
+    "memorize": "read documents of any size into a model's memory, and keep it in a file",
     "eval": "measure a trained model on a task",
     "compare": "train several models under one budget, over seeds, and tabulate",
     "bench": "time and memory of layers and models, side by side",
@@ -22,6 +23,7 @@ examples:
   titans train                                  three to four minutes on two cores
   titans train --data my_texts/ --output runs/mine
   titans generate runs/mine --prompt "def main("
+  titans memorize runs/mine book.txt -o book.memory.safetensors
   titans eval language runs/mine --data other.txt
   titans COMMAND --help                         all options of a command
 """

@@ -10,6 +10,7 @@ EXAMPLES = """examples:
   titans generate runs/mine --prompt "Call me"
   titans generate runs/mine --prompt-file long.txt --max-new-tokens 500 --temperature 0.8 --top-p 0.95
   cat long.txt | titans generate runs/mine --prompt-file -
+  titans generate runs/mine --memory book.memory.safetensors --prompt "And then"
 """
 
 
@@ -24,6 +25,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("run", type=str, help="folder of a run, as `titans train` leaves it")
     parser.add_argument("--prompt", type=str, default="", help="text to go on from")
     parser.add_argument("--prompt-file", type=str | None, default=None, help="read the prompt from a file; - is stdin")
+    parser.add_argument("--memory", type=str | None, default=None, help="go on from a file of `titans memorize`")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens to write at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens alone; 0: from all")
@@ -35,9 +37,11 @@ def main(arguments: list[str]) -> None:
     import torch
     from transformers import TextStreamer, set_seed
 
+    from titans.models import TitansCache
     from titans.training.models import load_text_run
 
     model, tokenizer = load_text_run(options.run)
+    memory = {"cache": TitansCache.load(options.memory, model)} if options.memory else {}
     prompt = _prompt(options.prompt, options.prompt_file) or tokenizer.bos_token
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, split_special_tokens=False).to(model.device)
     sampling: dict = {"do_sample": False}
@@ -48,6 +52,7 @@ def main(arguments: list[str]) -> None:
     with torch.inference_mode():
         model.generate(
             **ids,
+            **memory,
             max_new_tokens=options.max_new_tokens,
             streamer=TextStreamer(tokenizer, skip_special_tokens=True),
             **sampling,

@@ -3,7 +3,7 @@
 import os
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -195,6 +195,13 @@ class MemoryState(State):
             position=torch.zeros(batch, dtype=torch.long, device=maps[0].device),
             read=0,
         )
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "MemoryState":
+        """The inverse of ``tensors``; ``read`` is known again where all rows have read as much."""
+        state = super().from_tensors(tensors)
+        places = set(state.position.tolist())
+        return replace(state, read=places.pop()) if len(places) == 1 else state
 
     @property
     def weights(self) -> tuple[Tensor, ...]:

@@ -1,15 +1,23 @@
-"""The cache of Titans models: one state a layer, constant in size."""
+"""The cache of Titans models: one state a layer, constant in size; its file is a memory to keep."""
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from titans.layers.block import Block
 from titans.layers.decode import Decoder, decoder
 from titans.memory import State
+from titans.models.memory_file import Identity, read_memory, write_memory
+
+
+def _own(t: Tensor) -> Tensor:
+    """A tensor as a file would give it back: views keep more than they show, and layout decides the last bits."""
+    return t if t.is_contiguous() and t.storage_offset() == 0 else t.clone(memory_format=torch.contiguous_format)
 
 
 class TitansCacheLayer(CacheLayerMixin):
@@ -22,7 +30,7 @@ class TitansCacheLayer(CacheLayerMixin):
         self.length = 0
         self._state: State | None = None
         self._decoder: Decoder | None = None  # while single tokens are read, the state is there
-        self._single = False  # whether the last call read a single token, and nothing was done to the state since
+        self.single = False  # whether the last call read a single token, and nothing was done to the state since
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_state": self.state, "_decoder": None}  # a copy has no part in the model
@@ -34,16 +42,16 @@ class TitansCacheLayer(CacheLayerMixin):
 
     @state.setter
     def state(self, state: State | None) -> None:
-        self._state, self._decoder, self._single = state, None, False
+        self._state, self._decoder, self.single = state, None, False
 
     def update(self, state: State, length: int) -> None:  # type: ignore[override]
         """Puts the state after ``length`` more tokens in place of the one before."""
-        self.state, self.length, self._single = state, self.length + length, length == 1
+        self.state, self.length, self.single = state.map(_own), self.length + length, length == 1
 
     def step(self, block: Block, x: Tensor) -> Tensor | None:
         """One more token x [B, 1, dim] through the block, from the second in a row; None where ``forward`` has to."""
         if self._decoder is None:
-            made = decoder(block, self._state) if self._single and self._state is not None else None
+            made = decoder(block, self._state) if self.single and self._state is not None else None
             if made is None:
                 return None
             self._decoder, self._state = made, None
@@ -99,23 +107,28 @@ class TitansCacheLayer(CacheLayerMixin):
 class TitansCache(Cache):
     """The ``cache`` of a Titans model: its size does not depend on what was read.
 
+    ``notes`` (what JSON can hold, by name) are kept in its file beside it.
+
     Args:
         num_hidden_layers: blocks of the model.
     """
 
+    layers: list[TitansCacheLayer]
+
     def __init__(self, num_hidden_layers: int):
         super().__init__(layers=[TitansCacheLayer() for _ in range(num_hidden_layers)])
+        self.notes: dict[str, Any] = {}
 
     @property
     def nbytes(self) -> int:
         """Size of all states in bytes."""
-        states = (layer.state for layer in self.layers)  # type: ignore[union-attr]
+        states = (layer.state for layer in self.layers)
         return sum(state.nbytes for state in states if state is not None)
 
     def detach_(self) -> "TitansCache":
         """Cuts the history of all states, in place: gradients of later calls stop here."""
         for layer in self.layers:
-            layer.detach()  # type: ignore[union-attr]
+            layer.detach()
         return self
 
     def restart(self, rows: Tensor, blocks: Iterable[Block]) -> None:
@@ -124,4 +137,40 @@ class TitansCache(Cache):
         ``blocks``: the model's, ``model.model.layers``: where they start belongs to what is learned.
         """
         for layer, block in zip(self.layers, blocks, strict=True):
-            layer._change(lambda state, block=block: state.where(~rows, block.initial_state(len(rows))))  # type: ignore
+            layer._change(lambda state, block=block: state.where(~rows, block.initial_state(len(rows))))
+
+    def rebase(self) -> "TitansCache":
+        """Counts columns anew, in place: what was read is memory, which the ids given to ``generate`` do not hold."""
+        for layer in self.layers:
+            layer.length = 0
+        return self
+
+    def save_pretrained(self, path: str | os.PathLike, model: PreTrainedModel | Identity) -> None:
+        """Writes a memory file (safetensors), whole or not at all: equal caches of a model are equal files.
+
+        Args:
+            path: the file, e.g. ``book.memory.safetensors``.
+            model: the model that read, or its ``Identity``, which costs a reading of all weights.
+
+        Raises:
+            ValueError: nothing was read yet, or ``path`` is a folder.
+        """
+        model = model if isinstance(model, Identity) else Identity.of(model)
+        about = {"length": self.get_seq_length(), "single": self.layers[0].single, "notes": self.notes}
+        write_memory(path, [layer.state for layer in self.layers], model, about)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model: PreTrainedModel) -> "TitansCache":
+        """The cache that ``save_pretrained`` wrote, on the model's device; reading goes on bit for bit.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is broken or no memory, or belongs to another model: other weights, or another
+                configuration, whose first differing field is named.
+        """
+        states, about = read_memory(path, model)
+        cache = cls(len(states))
+        for layer, state in zip(cache.layers, states, strict=True):
+            layer.state, layer.length, layer.single = state, about["length"], about["single"]
+        cache.notes = about["notes"]
+        return cache

@@ -46,6 +46,9 @@ def build_block(config: TitansConfig) -> Block:
     return block(memory, **attention, sliding_window=config.sliding_window, intermediate_size=hidden)
 
 
+_PIECE = 2048  # tokens read at once where any number is to be read
+
+
 class TitansPreTrainedModel(PreTrainedModel):
     """What Titans models share: initialisation, checkpointing, cache."""
 
@@ -185,6 +188,22 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             if price:
                 loss = loss + price * torch.cat([writes(z).flatten() for z in gates]).mean()
         return CausalLMOutputWithPast(loss=loss, logits=logits, cache=out.cache, hidden_states=out.hidden_states)
+
+    @torch.no_grad()
+    def memorize(self, input_ids: Tensor, cache: TitansCache | None = None) -> TitansCache:
+        """Reads ids [B, T] of any length, on any device, piece by piece at constant memory; no logits are worked out.
+
+        Args:
+            cache: goes on from it, updated in place; None starts from the empty memory.
+
+        Returns:
+            The cache, which counts columns anew: ``generate(prompt, cache=cache)`` takes what follows, and not again
+            what was memorized. ``cache.save_pretrained(path, model)`` keeps it.
+        """
+        cache = TitansCache(self.config.num_hidden_layers) if cache is None else cache
+        for piece in input_ids.split(_PIECE, 1):
+            self.model(piece.to(self.device), cache=cache, use_cache=True)
+        return cache.rebase()
 
 
 AutoConfig.register("titans", TitansConfig)

@@ -2,15 +2,18 @@
 
 import gzip
 import hashlib
+import io
 import json
 import logging
 import lzma
 import os
 import re
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from titans.training.config import TextData
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+_BLOCK = 2**16  # characters of a block of text, without the rest of its last line
 _DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 # Folders of the standard library that hold tests, generated tables or what was installed later.
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3"}
@@ -67,37 +71,70 @@ def _is_dataset_name(source: str) -> bool:
     return bool(_DATASET_NAME.fullmatch(source)) and Path(source).suffix.lower() not in files
 
 
-def _read_bytes(path: Path) -> bytes:
-    opener = _OPENERS.get(path.suffix, open)
+@contextmanager
+def _open_text(path: Path) -> Iterator[TextIO]:
+    """A file's text, unpacked, its line ends as they are; what cannot be read is a ValueError."""
+    opener: Any = _OPENERS.get(path.suffix, open)
     try:
-        with opener(path, "rb") as file:
-            return file.read()
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+        with opener(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n") as file:
+            yield file
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a readable {path.suffix} file ({error}); pack it again") from error
-
-
-def _decode(path: Path) -> str:
-    data = _read_bytes(path)
-    try:
-        if b"\0" in data:
-            raise ValueError("it holds NUL bytes")
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except ValueError as error:
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not utf-8 text ({error}); give a text file or convert it to utf-8") from error
 
 
-def _read_file(path: Path, text_field: str) -> Iterator[str]:
-    text = _decode(path)
-    if not text:
+def _text(path: Path, piece: str) -> str:
+    if "\0" in piece:
+        raise ValueError(f"{path} is not utf-8 text (it holds NUL bytes); give a text file")
+    return piece
+
+
+def _is_json_lines(path: Path) -> bool:
+    return path.with_suffix("").suffix == ".jsonl" or path.suffix == ".jsonl"
+
+
+def stream_documents(source: str | os.PathLike, text_field: str = "text") -> Iterator[Iterator[str]]:
+    """The documents of a file, each as blocks of text, at constant memory: the file may be of any size.
+
+    A block is whole lines of about 64 Ki characters (a line longer than that is cut), and the blocks of a file are the
+    same every time. Of a `.jsonl` file every line is a document, and a block. A document is to be used up before the
+    next.
+
+    Args:
+        source, text_field: as in `read_documents`, a file.
+
+    Raises:
+        ValueError: as `read_documents`, when what is wrong is met.
+    """
+    path = Path(source)
+    if not _is_json_lines(path):
+        yield _blocks(path)
+        return
+    with _open_text(path) as file:
+        for text in _read_json_lines(path, file, text_field):
+            yield iter([text])
+
+
+def _blocks(path: Path) -> Iterator[str]:
+    empty = True
+    with _open_text(path) as file:
+        while block := file.read(_BLOCK) + file.readline(_BLOCK):
+            empty = False
+            yield _text(path, block)
+    if empty:
         raise ValueError(f"{path} is empty; give a file with text in it")
-    if path.with_suffix("").suffix == ".jsonl" or path.suffix == ".jsonl":
-        return _read_json_lines(path, text, text_field)
-    return iter([text])
 
 
-def _read_json_lines(path: Path, text: str, text_field: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
+def _read_file(path: Path, text_field: str) -> Iterator[str]:
+    if not _is_json_lines(path):
+        return iter(["".join(_blocks(path))])
+    return ("".join(document) for document in stream_documents(path, text_field))
+
+
+def _read_json_lines(path: Path, lines: Iterable[str], text_field: str) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if not _text(path, line).strip():
             continue
         try:
             row = json.loads(line)
@@ -118,12 +155,12 @@ def _read_folder(folder: Path, text_field: str) -> Iterator[str]:
         if path.stat().st_size == 0:
             continue
         try:
-            text = _decode(path)
+            text = "".join(_blocks(path))
         except ValueError:
             binary += 1
             continue
         is_json_lines = ".jsonl" in path.suffixes
-        yield from _read_json_lines(path, text, text_field) if is_json_lines else [text]
+        yield from _read_json_lines(path, text.split("\n"), text_field) if is_json_lines else [text]
     if binary:
         logger.warning("%s: skipped %d files that are not utf-8 text", folder, binary)
 

@@ -1,7 +1,8 @@
 """Tokens and windows: the byte-level tokenizer, tokenized documents, packed training windows."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,38 @@ def encode(tokenizer: Tokenizer, documents: list[str]) -> list[np.ndarray]:
 def encoder(tokenizer: Tokenizer) -> Callable[[str], np.ndarray]:
     """A function from a text to its token ids, uint16 or uint32 [tokens], without special tokens."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    letters = bytes_to_unicode()
-    vocabulary = tokenizer.get_vocab()
-    if len(vocabulary) - len(tokenizer.get_added_vocab()) == 256 and all(c in vocabulary for c in letters.values()):
+    if is_bytes(tokenizer):
         # A table look-up: the tokenizer itself would take minutes for a shelf of books.
+        vocabulary, letters = tokenizer.get_vocab(), bytes_to_unicode()
         table = np.array([vocabulary[letters[byte]] for byte in range(256)], dtype=dtype)
         return lambda text: table[np.frombuffer(text.encode(), np.uint8)]
     plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     return lambda text: np.asarray(tokenizer(text, **plain)["input_ids"], dtype=dtype)
+
+
+def is_bytes(tokenizer: Tokenizer) -> bool:
+    """Whether every token of a text is one of its utf-8 bytes."""
+    vocabulary = tokenizer.get_vocab()
+    letters = bytes_to_unicode().values()
+    return len(vocabulary) - len(tokenizer.get_added_vocab()) == 256 and all(c in vocabulary for c in letters)
+
+
+def stream(tokenizer: Tokenizer, documents: Iterable[Iterable[str]], size: int) -> Iterator[np.ndarray]:
+    """Documents end to end, the end-of-text token before each, `size` tokens at a time and the one after them.
+
+    Yields arrays of `size` + 1 ids, each beginning with the last id of the one before; the last is shorter. A document
+    is given in blocks of text, each tokenized by itself: memory does not grow with its length.
+    """
+    encode = encoder(tokenizer)
+    held = np.empty(0, dtype=encode("").dtype)
+    end = np.array([tokenizer.eos_token_id], dtype=held.dtype)
+    for ids in chain.from_iterable(chain([end], map(encode, blocks)) for blocks in documents):
+        held = np.concatenate([held, ids])
+        while len(held) > size:
+            yield held[: size + 1]
+            held = held[size:]
+    if len(held):
+        yield held
 
 
 @dataclass(frozen=True)
