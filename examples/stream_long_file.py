@@ -1,4 +1,4 @@
-"""Read a long document piece by piece at constant memory, put its state into a file, and go on from there.
+"""Read a long document at constant memory, put what the model remembers of it into a file, and go on from there.
 
 The model is new (untrained): this shows the mechanics. The document is the source of Python's own `argparse`.
 """
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from titans.memory import State
 from titans.models import TitansCache, TitansForCausalLM, titans_tiny
 
 
@@ -19,24 +18,20 @@ def main() -> None:
     document = torch.tensor([list(Path(argparse.__file__).read_bytes())])
     print(f"{document.shape[1]:,} bytes")
 
-    cache, half = TitansCache(model.config.num_hidden_layers), document.shape[1] // 2
+    cache, read = None, 0
+    for part in document[:, :-500].split(16_384, dim=1):
+        cache, read = model.memorize(part, cache), read + part.shape[1]
+        print(f"read {read:>7,} bytes, memory {cache.nbytes / 1024:.0f} KiB")
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "argparse.memory.safetensors"
+        cache.save_pretrained(file, model)
+        loaded = TitansCache.load(file, model)
+
     with torch.no_grad():
-        for piece in document[:, :half].split(2048, dim=1):
-            model(piece, cache=cache, use_cache=True, logits_to_keep=1)
-            print(f"read {cache.get_seq_length():>7,} bytes, state {cache.nbytes / 1024:.0f} KiB")
-
-        with tempfile.TemporaryDirectory() as folder:  # every layer's state is a safetensors file
-            for i, layer in enumerate(cache.layers):
-                layer.state.save(Path(folder) / f"{i}.safetensors")
-            loaded = TitansCache(model.config.num_hidden_layers)
-            for i, layer in enumerate(loaded.layers):
-                kind: type[State] = type(cache.layers[i].state)
-                layer.update(kind.load(Path(folder) / f"{i}.safetensors"), half)
-
-        rest = document[:, half : half + 500]
-        a = model(rest, cache=cache, use_cache=True).logits
-        b = model(rest, cache=loaded, use_cache=True).logits
-        print("the loaded memory goes on exactly:", torch.equal(a, b))
+        a = model(document[:, -500:], cache=cache).logits
+        b = model(document[:, -500:], cache=loaded).logits
+    print("the loaded memory goes on exactly:", torch.equal(a, b))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def test_save_and_load(tmp_path):
     loaded = MemoryState.load(tmp_path / "memory.safetensors")
     assert_equal(loaded.tensors(), state.tensors(), 0.0)
     assert loaded.chunk_size == 4
+    assert loaded.read == state.read == 6
     assert loaded.conv is None
     assert [p.name for p in tmp_path.iterdir()] == ["memory.safetensors"], "nothing but the file is left behind"
 

@@ -40,7 +40,7 @@ def write_on(model, cache, prompt):
 
 
 @models
-@pytest.mark.parametrize("length", [1, 2, 7, 24, 37])
+@pytest.mark.parametrize("length", [1, 24, 37])
 def test_round_trip_is_exact_and_generation_goes_on_bit_for_bit(variant, size, length, tmp_path):
     model = build(variant, size)
     cache = model.memorize(ids(T=length))
@@ -64,7 +64,7 @@ def test_equal_caches_are_equal_files(variant, tmp_path):
 
 
 @models
-@pytest.mark.parametrize("singles", [1, 2, 5, 8])
+@pytest.mark.parametrize("singles", [1, 2, 8])
 def test_in_the_middle_of_single_tokens(variant, size, singles, tmp_path):
     """Saving does not disturb the cache, and what follows, single tokens or a piece, is the same bit for bit."""
     model, x = build(variant, size), ids(T=40)

@@ -3,14 +3,16 @@
 import gzip
 import json
 import lzma
+import tracemalloc
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titans.training.text import hold_out, read_documents, stdlib_documents, truncate
-from titans.training.tokens import Corpus, WindowDataset, byte_tokenizer, encode, load_tokenizer
+from titans.training.text import hold_out, read_documents, stdlib_documents, stream_documents, truncate
+from titans.training.tokens import Corpus, WindowDataset, byte_tokenizer, encode, load_tokenizer, stream
 
 BYTES = byte_tokenizer()
 ROWS = [{"text": "first"}, {"text": "second\nline"}]
@@ -138,3 +140,52 @@ def test_truncate_keeps_every_beginning_and_whole_characters():
 def test_hold_out_cuts_the_end():
     first, last = hold_out(["abcd", "efghij"], 0.3)
     assert (first, last) == (["abcd", "efg"], ["hij"])
+
+
+@pytest.mark.parametrize(
+    "text", ["ä line\r\nand\u2028another\rone\n" * 9000, "no line ends at all €" * 9000, "\ufeffshort"]
+)
+def test_blocks_are_whole_lines_and_make_up_the_text(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text, newline="")
+    (document,) = stream_documents(tmp_path / "a.txt")
+    blocks = list(document)
+    assert "".join(blocks) == text.removeprefix("\ufeff")
+    assert (len(blocks) > 1) == (len(text) > 2**16)
+    assert all(len(b) <= 2**17 and (b[-1] == "\n" or "\n" not in text) for b in blocks)
+    assert list(read_documents(tmp_path / "a.txt")) == ["".join(blocks)]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.xz"])
+def test_a_stream_takes_little_memory(tmp_path, name):
+    path = tmp_path / name
+    with lzma.open(path, "wt", preset=0) if name.endswith("xz") else open(path, "w") as file:
+        for i in range(2000):
+            file.write(json.dumps({"text": f"{i:04}" * 1000}) + "\n")
+    tracemalloc.start()
+    tokens = sum(len(ids) - 1 for ids in stream(BYTES, stream_documents(path), 512)) + 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert tokens == (2000 * 4001 if "jsonl" in name else 1 + 2000 * 4013)
+    assert peak < 2e6
+
+
+@given(st.lists(st.lists(st.text(min_size=1), min_size=1), min_size=1), st.integers(1, 9))
+@settings(max_examples=100)
+def test_stream_is_the_documents_with_end_of_text_before_each(documents, size):
+    expected = [i for blocks in documents for i in (256, *"".join(blocks).encode())]
+    windows = [w.tolist() for w in stream(BYTES, documents, size)]
+    assert [i for w in windows for i in w[:size]] == expected
+    assert all(len(w) == size + 1 and w[-1] == after[0] for w, after in pairwise(windows))
+    assert 1 <= len(windows[-1]) <= size
+
+
+def test_a_stream_of_any_tokenizer(tmp_path):
+    """Every block by itself, so that the tokens do not depend on anything but the text."""
+    letters = {letter: i for i, letter in enumerate([*sorted(BYTES.get_vocab()), "th"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(letters))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\n")
+    tokenizer = load_tokenizer(str(tmp_path))
+    text = "the path\n" * 9000
+    (tmp_path / "a.txt").write_text(text)
+    got = np.concatenate([w[:100] for w in stream(tokenizer, stream_documents(tmp_path / "a.txt"), 100)])
+    assert got.tolist() == [tokenizer.eos_token_id, *encode(tokenizer, [text])[0]]

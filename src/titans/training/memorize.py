@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 from titans.models import TitansCache, TitansForCausalLM
 from titans.models.memory_file import Identity
@@ -143,15 +143,15 @@ def _count(tokenizer: Tokenizer, paths: Sequence[Path]) -> int | None:
 
 
 class _Bar(Progress):
-    """One line: tokens read, of how many, and the time left; speed, size of the memory, surprise."""
+    """One line: tokens read, speed, size of the memory, surprise, and the time left where the end is known."""
 
     def __init__(self, total: int | None, done: int, shown: bool):
-        columns = "memorizing", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.description}"
-        super().__init__(*columns, disable=not shown)
-        self.done, self.began = done, time.perf_counter()
+        super().__init__(BarColumn(), TimeRemainingColumn(), "{task.description}", disable=not shown)
+        self.done, self.of, self.began = done, "" if total is None else f" of {total:,}", time.perf_counter()
         self.row = self.add_task("", total=total, completed=done)
 
     def show(self, reading: Reading, nbytes: int) -> None:
         speed = (reading.tokens - self.done) / (time.perf_counter() - self.began)
-        figures = f"{speed:,.0f} tokens/s, memory {nbytes / 2**20:.1f} MiB, {reading.surprise:.3f} bits a token"
+        tokens = f"{reading.tokens:,}{self.of} tokens, {speed:,.0f}/s"
+        figures = f"{tokens}, {nbytes / 2**20:.1f} MiB, {reading.surprise:.3f} bits/token"
         self.update(self.row, completed=reading.tokens, description=figures)
