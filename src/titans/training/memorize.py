@@ -153,5 +153,5 @@ class _Bar(Progress):
     def show(self, reading: Reading, nbytes: int) -> None:
         speed = (reading.tokens - self.done) / (time.perf_counter() - self.began)
         tokens = f"{reading.tokens:,}{self.of} tokens, {speed:,.0f}/s"
-        figures = f"{tokens}, {nbytes / 2**20:.1f} MiB, {reading.surprise:.3f} bits/token"
+        figures = f"{tokens}, memory {nbytes / 1024:,.0f} KiB, {reading.surprise:.3f} bits/token"
         self.update(self.row, completed=reading.tokens, description=figures)
