@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from titans.models import TitansConfig, TitansForCausalLM
+from titans.models import TitansCache, TitansConfig, TitansForCausalLM
 from titans.tasks import get_task
-from titans.training.carried import CarriedMemory, DocumentStreams
+from titans.training.carried import DocumentStreams
 from titans.training.config import parse_config
-from titans.training.run import train
+from titans.training.run import _Trainer, train
 from titans.training.tokens import Corpus
 
 END, LENGTH = 9, 6
@@ -64,12 +64,12 @@ def test_windows_read_as_their_document(variant):
         variant=variant, vocab_size=END + 1, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         chunk_size=4, segment_length=3, sliding_window=4, num_persistent_tokens=2,
     )).double().train()  # fmt: skip
-    data, memory, logits = streams(), CarriedMemory(), []
+    data, cache, logits = streams(), TitansCache(2), []
     for i in range(0, 30, 3):
         batch = {name: torch.stack([data[i + row][name] for row in range(3)]) for name in data[0]}
-        out = model(batch["input_ids"], cache=memory.before(model, batch["begins"]), use_cache=True)
-        memory.after(out.cache)
-        logits.append(out.logits.detach())
+        cache.restart(batch["begins"], model.model.layers)
+        logits.append(model(batch["input_ids"], cache=cache, use_cache=True).logits.detach())
+        cache.detach_()
     for row in range(3):
         places = data.places[row:30:3]
         starts = [i for i, (_, start) in enumerate(places) if start == 0]
@@ -105,15 +105,39 @@ def test_only_titans(tmp_path, text):
 
 def test_training_carries(tmp_path, text, monkeypatch):
     """The run's memory goes on at every step, through gradient accumulation, and holds no history."""
-    seen, after = [], CarriedMemory.after
+    seen, detach = [], TitansCache.detach_
 
-    def watch(self, cache):
-        after(self, cache)
-        seen.append(cache.layers[0].state)
+    def watch(self):
+        seen.append(detach(self).layers[0].state)
+        return self
 
-    monkeypatch.setattr(CarriedMemory, "after", watch)
+    monkeypatch.setattr(TitansCache, "detach_", watch)
     train(config(tmp_path / "run", text, gradient_accumulation=2, tokens=32 * 8 * 5), get_task("language"),
           progress=False)  # fmt: skip
     assert len(seen) == 10
     assert max(int(state.position.max()) for state in seen) >= 5 * 32
     assert all(not t.requires_grad for state in seen for t in state.tensors().values())
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_resumed_equals_uninterrupted(tmp_path, text, monkeypatch):
+    """The memory is part of a checkpoint."""
+    task, step = get_task("language"), _Trainer.training_step
+    train(config(tmp_path / "whole", text), task, progress=False)
+
+    def interrupt(self, *args, **kwargs):
+        if self.state.global_step == 6:
+            raise Interrupted
+        return step(self, *args, **kwargs)
+
+    cut = config(tmp_path / "cut", text)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(_Trainer, "training_step", interrupt)
+        train(cut, task, progress=False)
+    train(cut, task, resume=True, progress=False)
+    models = [TitansForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "cut")]
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(a, b)

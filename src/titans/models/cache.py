@@ -136,7 +136,7 @@ class TitansCache(Cache):
 
         ``blocks``: the model's, ``model.model.layers``: where they start belongs to what is learned.
         """
-        for layer, block in zip(self.layers, blocks, strict=True):
+        for layer, block in zip(self.layers, blocks, strict=True) if rows.any() else ():
             layer._change(lambda state, block=block: state.where(~rows, block.initial_state(len(rows))))
 
     def rebase(self) -> "TitansCache":

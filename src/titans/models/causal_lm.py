@@ -46,7 +46,7 @@ def build_block(config: TitansConfig) -> Block:
     return block(memory, **attention, sliding_window=config.sliding_window, intermediate_size=hidden)
 
 
-_PIECE = 2048  # tokens read at once where any number is to be read
+PIECE = 2048  # tokens read at once where any number is to be read
 
 
 class TitansPreTrainedModel(PreTrainedModel):
@@ -201,7 +201,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             what was memorized. ``cache.save_pretrained(path, model)`` keeps it.
         """
         cache = TitansCache(self.config.num_hidden_layers) if cache is None else cache
-        for piece in input_ids.split(_PIECE, 1):
+        for piece in input_ids.split(PIECE, 1):
             self.model(piece.to(self.device), cache=cache, use_cache=True)
         return cache.rebase()
 

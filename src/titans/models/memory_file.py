@@ -17,7 +17,9 @@ from titans.models.configuration import TitansConfig
 
 _ENTRY = "titans_memory"  # all metadata in one entry: safetensors writes several in any order
 # fields of the configuration that no state depends on
-_SILENT = {"initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
+_SILENT = {
+    "initializer_range", "memory_write_price", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator
 from itertools import repeat
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from titans.models import TitansCache
 from titans.training.tokens import Corpus
 
 
@@ -63,22 +61,3 @@ class DocumentStreams(Dataset):
             "labels": torch.from_numpy(labels),
             "begins": torch.tensor(start == 0),
         }
-
-
-class CarriedMemory:
-    """The cache of a training run whose rows go on where they stopped, or begin a document."""
-
-    def __init__(self):
-        self.cache: TitansCache | None = None
-
-    def before(self, model: Any, begins: Tensor) -> TitansCache:
-        """The cache that the next windows go on from; anew in the rows where ``begins`` [B] is true."""
-        if self.cache is None:
-            self.cache = TitansCache(model.config.num_hidden_layers)
-        elif begins.any():
-            self.cache.restart(begins, model.model.layers)
-        return self.cache
-
-    def after(self, cache: TitansCache) -> None:
-        """What was read is kept, its history is not: gradients stop at a window's start."""
-        self.cache = cache.detach_()

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 from titans.models import TitansCache, TitansForCausalLM
+from titans.models.causal_lm import PIECE
 from titans.models.memory_file import Identity
 from titans.training.config import require
 from titans.training.text import stream_documents
 from titans.training.tokens import Tokenizer, is_bytes, stream
 
-_PIECE = 2048  # tokens read at once; where a text is cut decides the last bits, so pieces begin at multiples of it
 _ROWS = 256  # tokens whose logits are held at once
 
 
@@ -58,6 +58,8 @@ def memorize(
 ) -> Reading:
     """Reads documents one after the other into one memory and writes its file.
 
+    Where a text is cut decides the last bits, so pieces begin at multiples of ``PIECE`` tokens.
+
     The state so far is kept in `output` + ".unfinished", which becomes `output` at the end. Where it is there already,
     the reading goes on from it, to the same file bit for bit as without interruption.
 
@@ -81,14 +83,14 @@ def memorize(
     unfinished, identity = output.with_name(output.name + ".unfinished"), Identity.of(model)
     cache = TitansCache.load(unfinished, model) if unfinished.exists() else TitansCache(len(model.model.layers))
     reading, text = Reading(**cache.notes), hashlib.sha256()
-    pieces = stream(tokenizer, chain.from_iterable(stream_documents(path, text_field) for path in paths), _PIECE)
+    pieces = stream(tokenizer, chain.from_iterable(stream_documents(path, text_field) for path in paths), PIECE)
     with _Bar(_count(tokenizer, paths), reading.tokens, progress) as bar:
         _skip(pieces, reading, text, unfinished)
         output.parent.mkdir(parents=True, exist_ok=True)
         saved = reading.tokens
         for ids in pieces:
             _read(model, ids, cache, reading)
-            text.update(ids[:_PIECE].tobytes())
+            text.update(ids[:PIECE].tobytes())
             if reading.tokens - saved >= save_every:
                 saved = reading.tokens
                 _save(cache, reading, text.hexdigest(), unfinished, identity)
@@ -109,8 +111,8 @@ def _skip(pieces: Iterator[np.ndarray], reading: Reading, text: "hashlib._Hash",
     """Passes over what was read before an interruption, which has to be the same tokens."""
     seen = 0
     while seen < reading.tokens and (ids := next(pieces, None)) is not None:
-        seen += len(ids[:_PIECE])
-        text.update(ids[:_PIECE].tobytes())
+        seen += len(ids[:PIECE])
+        text.update(ids[:PIECE].tobytes())
     if seen != reading.tokens or text.hexdigest() != reading.digest:
         raise ValueError(
             f"{unfinished} has read {reading.tokens:,} tokens of other text than these files begin with; "
@@ -122,7 +124,7 @@ def _skip(pieces: Iterator[np.ndarray], reading: Reading, text: "hashlib._Hash",
 def _read(model: TitansForCausalLM, ids: np.ndarray, cache: TitansCache, reading: Reading) -> None:
     """Reads up to a piece's tokens; `ids` may hold one more, which is only predicted."""
     tokens = torch.from_numpy(ids.astype(np.int64)).to(model.device)
-    inputs, targets = tokens[:_PIECE], tokens[1:]
+    inputs, targets = tokens[:PIECE], tokens[1:]
     hidden = model.model(inputs.unsqueeze(0), cache=cache, use_cache=True).last_hidden_state[0, : len(targets)]
     for h, t in zip(hidden.split(_ROWS), targets.split(_ROWS), strict=True):
         reading.nats += float(F.cross_entropy(model.lm_head(h).float(), t, reduction="sum"))

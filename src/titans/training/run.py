@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from titans.models import TitansCache
 from titans.training.callbacks import Clock, MetricsFile, ProgressBar, TensorBoard, write_atomically
-from titans.training.carried import CarriedMemory
 from titans.training.config import TrainConfig
 from titans.training.provenance import provenance
 from titans.training.task import Task, TaskData
@@ -91,18 +91,34 @@ class _Trainer(Trainer):
     a document (``DocumentStreams``), the others go on with the memory of the batch before.
     """
 
-    memory: CarriedMemory | None = None
+    carried: TitansCache | None = None
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         begins = inputs.pop("begins", None)
         if begins is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        self.memory = self.memory or CarriedMemory()
-        cache = self.memory.before(self.accelerator.unwrap_model(model), begins)
+        blocks: Any = self.accelerator.unwrap_model(model).model.layers
+        cache = self.carried or TitansCache(len(blocks))
+        cache.restart(begins, blocks)
         kwargs["return_outputs"] = True
         loss, outputs = super().compute_loss(model, {**inputs, "cache": cache, "use_cache": True}, *args, **kwargs)
-        self.memory.after(outputs.cache)
+        self.carried = outputs.cache.detach_()  # gradients stop at a window's start
         return loss
+
+    def _memory_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"memory-{self.args.process_index}.safetensors"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.carried is not None:
+            file = self._memory_file(f"{self.args.output_dir}/checkpoint-{self.state.global_step}")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self.carried.save_pretrained(file, self.accelerator.unwrap_model(model))
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if (file := self._memory_file(resume_from_checkpoint)).exists():
+            self.carried = TitansCache.load(file, self.model)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
