@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from titans.cli import main
 from titans.tasks import get_task, recall
-from titans.tasks.recall import SETUPS, RecallSequences, Sizes, mqar
+from titans.tasks.recall import SETUPS, Sizes, mqar, sequences
 from titans.training.config import parse_config
 from titans.training.models import build_model, load_run
 from titans.training.run import train
@@ -72,16 +72,16 @@ def test_bad_sizes_name_the_mend():
 
 def test_items_are_made_of_their_index_and_filled_up():
     sizes = [Sizes(8, 2, 3), Sizes(16, 4, 2)]
-    data = RecallSequences(sizes, 16, "train", 5, False)
+    data = sequences(sizes, 16, "train", 5, False)
     assert len(data) == 5
     assert [int((data[i]["labels"] != -100).sum()) for i in range(5)] == [2, 2, 2, 4, 4]
     inputs, targets = data.sequence(1)
     item = data[1]
     assert item["input_ids"].tolist() == [*inputs, *[0] * 8]
     assert item["labels"].tolist() == [-100, *targets[:-1], *[-100] * 8]
-    again = RecallSequences(sizes, 16, "train", 5, False)
+    again = sequences(sizes, 16, "train", 5, False)
     assert (again[4]["input_ids"] == data[4]["input_ids"]).all()
-    for other in (RecallSequences(sizes, 16, "train", 6, False), RecallSequences(sizes, 16, "test", 5, False)):
+    for other in (sequences(sizes, 16, "train", 6, False), sequences(sizes, 16, "test", 5, False)):
         assert (other[4]["input_ids"] != data[4]["input_ids"]).any()
     with pytest.raises(IndexError):
         data[5]
@@ -91,7 +91,7 @@ def test_the_loss_is_at_the_query():
     """A model that is sure of the value at every query, and only there, has no loss."""
     model = build_model({"type": "llama", "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16},
                         vocab_size=recall.VOCABULARY, eos_token_id=0, pad_token_id=0)  # fmt: skip
-    data = RecallSequences([Sizes(64, 4, 1)], 64, "train", 0, False)
+    data = sequences([Sizes(64, 4, 1)], 64, "train", 0, False)
     item = {name: torch.from_numpy(part)[None] for name, part in data[0].items()}
     targets = torch.from_numpy(data.sequence(0)[1])
     logits = 50.0 * torch.nn.functional.one_hot(targets.clamp(min=0), recall.VOCABULARY)
@@ -117,14 +117,14 @@ def test_accuracy_counts_queries_alone():
 
         def __call__(self, input_ids, **_):
             logits = torch.zeros(*input_ids.shape, 64)
-            for row, (inputs, targets) in enumerate(sequences):
+            for row, (inputs, targets) in enumerate(drawn):
                 assert input_ids[row].tolist() == inputs.tolist()
                 for place in np.flatnonzero(targets != -100)[::2]:
                     logits[row, place, targets[place]] = 1
             return type("Output", (), {"logits": logits, "cache": None})
 
-    sequences = [mqar(np.random.default_rng(seed), 32, 4, vocabulary=64) for seed in range(3)]
-    assert recall._accuracy(Oracle(), sequences) == 50.0
+    drawn = [mqar(np.random.default_rng(seed), 32, 4, vocabulary=64) for seed in range(3)]
+    assert recall._accuracy(Oracle(), drawn) == 50.0
 
 
 def test_train_and_eval(tmp_path, capsys):

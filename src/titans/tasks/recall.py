@@ -4,7 +4,7 @@ A sequence lists pairs of a key and a value; later the keys come again, and at e
 is not shown. All else is the filler 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from titans.training.config import TrainConfig, nearest, option, require
-from titans.training.task import SPLITS, TaskData
+from titans.training.tagging import NOTHING, TaggedSequences, right_answers
+from titans.training.task import TaskData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,40 +96,23 @@ def mqar(
     inputs = rng.integers(vocabulary, size=length) if random_non_queries else np.full(length, FILLER)
     inputs[: 2 * pairs : 2], inputs[1 : 2 * pairs : 2] = keys, values
     inputs[queries] = keys
-    targets = np.full(length, -100)
+    targets = np.full(length, NOTHING)
     targets[queries] = values
     return inputs, targets
 
 
-class RecallSequences:
-    """Sequences of several sizes, item by item `{"input_ids": int64 [window], "labels": the same}`.
+def sequences(sizes: Sequence[Sizes], window: int, split: str, seed: int, random_non_queries: bool) -> TaggedSequences:
+    """Sequences of several sizes, one size after the other, filled up with the filler.
 
-    Each is made of the seed, the split and its index alone. Shorter sequences are filled up with the filler. Labels are
-    one place later than the targets of `mqar`, as the models shift them back.
+    The last token's label is dropped: it is never a query, being second in its place.
     """
+    ends = np.cumsum([size.count for size in sizes])
 
-    def __init__(self, sizes: Sequence[Sizes], window: int, split: str, seed: int, random_non_queries: bool):
-        self.sizes, self.window, self.seed = sizes, window, [seed, SPLITS[split]]
-        self.random_non_queries = random_non_queries
-        self.ends = np.cumsum([size.count for size in sizes])
+    def draw(rng: np.random.Generator, index: int) -> tuple[np.ndarray, np.ndarray]:
+        size = sizes[int(np.searchsorted(ends, index, "right"))]
+        return mqar(rng, size.length, size.pairs, random_non_queries=random_non_queries)
 
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of an item, as `mqar` gives them."""
-        size = self.sizes[int(np.searchsorted(self.ends, index, "right"))]
-        rng = np.random.default_rng([*self.seed, index])
-        return mqar(rng, size.length, size.pairs, random_non_queries=self.random_non_queries)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sequence {index} of {len(self)}")
-        inputs, targets = self.sequence(index)
-        ids, labels = np.full(self.window, FILLER), np.full(self.window, -100)
-        ids[: len(inputs)] = inputs
-        labels[1 : len(targets)] = targets[:-1]  # the last token is never a query: it is second in its place
-        return {"input_ids": ids, "labels": labels}
+    return TaggedSequences(draw, int(ends[-1]), window, FILLER, split=split, seed=seed)
 
 
 class Recall:
@@ -162,8 +146,8 @@ class Recall:
         require(window == longest, "training.length", window, f"{longest}, the longest of data.setup={data.setup!r}")
         few = [Sizes(size.length, size.pairs, -(-data.validation_sequences // len(sizes))) for size in sizes]
         return TaskData(
-            train=RecallSequences(sizes, window, "train", config.training.seed, data.random_non_queries),
-            validation=RecallSequences(few, window, "validation", 0, data.random_non_queries),
+            train=sequences(sizes, window, "train", config.training.seed, data.random_non_queries),
+            validation=sequences(few, window, "validation", 0, data.random_non_queries),
             tokenizer=None,
         )
 
@@ -182,8 +166,8 @@ class Recall:
         for size in SETUPS[data.setup][1]:
             count = evaluation.sequences or size.count
             sizes = [Sizes(size.length, size.pairs, count)]
-            test = RecallSequences(sizes, size.length, "test", evaluation.seed, data.random_non_queries)
-            accuracy = _accuracy(model, [test.sequence(index) for index in range(count)])
+            test = sequences(sizes, size.length, "test", evaluation.seed, data.random_non_queries)
+            accuracy = _accuracy(model, map(test.sequence, range(count)))
             cells.append({"length": size.length, "pairs": size.pairs, "sequences": count, "accuracy": accuracy})
         return {"cells": cells}
 
@@ -214,18 +198,7 @@ class Recall:
 task = Recall()
 
 
-def _accuracy(model: "PreTrainedModel", sequences: list[tuple[np.ndarray, np.ndarray]]) -> float:
+def _accuracy(model: "PreTrainedModel", sequences: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
     """Percent of the queries of sequences of one length whose value is the likeliest id."""
-    import torch
-
-    from titans.training.models import read_on
-
-    right, asked = 0, 0
-    rows = max(1, 4096 // len(sequences[0][0]))
-    for begin in range(0, len(sequences), rows):
-        inputs, targets = (np.stack(part) for part in zip(*sequences[begin : begin + rows], strict=True))
-        with torch.inference_mode():
-            likeliest = read_on(model, torch.from_numpy(inputs).to(model.device))[0].argmax(-1).cpu().numpy()
-        right += int((likeliest == targets).sum())
-        asked += int((targets != -100).sum())
-    return 100 * right / asked
+    answers = [right[asked] for right, asked in right_answers(model, sequences)]
+    return 100 * float(np.concatenate(answers).mean())
