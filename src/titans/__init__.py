@@ -6,19 +6,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from titans.layers import LMM, MAC, MAG, MAL, NeuralMemory
     from titans.memory import MemoryMLP, MemoryState, neural_memory
-    from titans.models import TitansCache, TitansConfig, TitansForCausalLM, TitansModel
+    from titans.models import (
+        TitansCache,
+        TitansConfig,
+        TitansForCausalLM,
+        TitansForPrediction,
+        TitansModel,
+        TitansPredictionConfig,
+    )
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "titans.memory": ("MemoryMLP", "MemoryState", "neural_memory"),
     "titans.layers": ("LMM", "MAC", "MAG", "MAL", "NeuralMemory"),
-    "titans.models": ("TitansCache", "TitansConfig", "TitansForCausalLM", "TitansModel"),
-}
+    "titans.models": (
+        "TitansCache", "TitansConfig", "TitansForCausalLM", "TitansForPrediction", "TitansModel",
+        "TitansPredictionConfig",
+    ),
+}  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "LMM", "MAC", "MAG", "MAL", "MemoryMLP", "MemoryState", "NeuralMemory", "TitansCache", "TitansConfig",
-    "TitansForCausalLM", "TitansModel", "neural_memory",
+    "TitansForCausalLM", "TitansForPrediction", "TitansModel", "TitansPredictionConfig", "neural_memory",
 ]  # fmt: skip
 
 

@@ -10,8 +10,10 @@ from titans.models.configuration import (
     titans_760m,
     titans_tiny,
 )
+from titans.models.prediction import TitansForPrediction, TitansForPredictionOutput, TitansPredictionConfig
 
 __all__ = [
-    "TitansCache", "TitansConfig", "TitansForCausalLM", "TitansModel", "TitansPreTrainedModel",
+    "TitansCache", "TitansConfig", "TitansForCausalLM", "TitansForPrediction", "TitansForPredictionOutput",
+    "TitansModel", "TitansPreTrainedModel", "TitansPredictionConfig",
     "titans_170m", "titans_340m", "titans_400m", "titans_760m", "titans_tiny",
 ]  # fmt: skip

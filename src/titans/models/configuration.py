@@ -81,7 +81,7 @@ class TitansConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         for key in kwargs:
             if not (key.startswith("_") or key in _BASE_KEYS or hasattr(PreTrainedConfig, key)):
-                near = difflib.get_close_matches(key, self.__annotations__, 1)
+                near = difflib.get_close_matches(key, self.__dataclass_fields__, 1)
                 raise ValueError(
                     f"unknown key {key!r} for a Titans model" + (f"; did you mean {near[0]!r}?" if near else "")
                 )
@@ -118,9 +118,7 @@ class TitansConfig(PreTrainedConfig):
             "num_memory_heads", "memory_conv_size", "chunk_size", "segment_length", "sliding_window",
         )  # fmt: skip
         for name in positive:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            self._check_positive(name)
         if self.memory_head_dim is not None and self.memory_head_dim < 1:
             raise ValueError(f"memory_head_dim must be a positive integer, got {self.memory_head_dim}")
         if not isinstance(self.num_persistent_tokens, int) or self.num_persistent_tokens < 0:
@@ -140,6 +138,11 @@ class TitansConfig(PreTrainedConfig):
                 "times a multiple of 4"
             )
         _ = self.memory_network  # checks depth, expansion and activation
+
+    def _check_positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def titans_tiny(variant: str = "mac", **overrides: Any) -> TitansConfig:

@@ -1,0 +1,135 @@
+"""Titans as a forecaster: normalise, patches as tokens, blocks, head, undo the normalisation."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForTimeSeriesPrediction
+from transformers.utils.generic import ModelOutput
+
+from titans.models.causal_lm import TitansModel, TitansPreTrainedModel
+from titans.models.configuration import TitansConfig
+
+
+class TitansPredictionConfig(TitansConfig):
+    """A Titans forecaster: what ``TitansConfig`` has, and the fields below, named as in transformers' PatchTST.
+
+    ``vocab_size``, ``tie_word_embeddings`` and ``use_cache`` mean nothing here; lengths in tokens count patches.
+
+    Args:
+        context_length: look-back, rows the model reads.
+        prediction_length: horizon, rows it forecasts.
+        num_input_channels: numbers in a row.
+        patch_length: rows of a patch; a patch is a token.
+        patch_stride: rows from one patch to the next.
+        channel_mixing: a token holds the patches of all channels; otherwise every channel is read by itself.
+
+    Raises:
+        ValueError: as ``TitansConfig``.
+    """
+
+    model_type = "titans_prediction"
+
+    context_length: int = 96
+    prediction_length: int = 96
+    num_input_channels: int = 1
+    patch_length: int = 16
+    patch_stride: int = 8
+    channel_mixing: bool = False
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens of the look-back; its oldest rows are left out where the patches do not fit evenly."""
+        return (self.context_length - self.patch_length) // self.patch_stride + 1
+
+    def _check(self) -> None:
+        super()._check()
+        for name in ("context_length", "prediction_length", "num_input_channels", "patch_length", "patch_stride"):
+            self._check_positive(name)
+        if self.patch_length > self.context_length:
+            raise ValueError(
+                f"patch_length={self.patch_length} is longer than context_length={self.context_length}; shorten it"
+            )
+        if self.memory_write_price:
+            raise ValueError(f"memory_write_price={self.memory_write_price} is for language models; leave it at 0")
+
+
+@dataclass
+class TitansForPredictionOutput(ModelOutput):
+    """``prediction_outputs`` [B, horizon, channels], and ``loss``, their mean squared error, if it can be known."""
+
+    loss: Tensor | None = None
+    prediction_outputs: Tensor | None = None
+
+
+class TitansForPrediction(TitansPreTrainedModel):
+    """A Titans forecaster (arXiv 2501.00663, table 3), all steps of the horizon at once.
+
+    Each channel of a window is brought to mean 0 and standard deviation 1 and the forecast is brought back (reversible
+    instance normalisation, Kim et al. 2022, without its affine map), so that a window shifted and scaled has its
+    forecast shifted and scaled. Patches are tokens (PatchTST, arXiv 2211.14730); what the blocks find is added to them,
+    and one linear map leads from all patches of a channel to its horizon.
+
+    Channels are rows of the batch, or with ``config.channel_mixing`` share the tokens, as in Simba (arXiv 2403.15360),
+    in which the paper puts the memory in place of Mamba.
+    """
+
+    config_class = TitansPredictionConfig
+    main_input_name = "past_values"
+
+    def __init__(self, config: TitansPredictionConfig):
+        super().__init__(config)
+        self.config: TitansPredictionConfig = config
+        width = config.patch_length * (config.num_input_channels if config.channel_mixing else 1)
+        self.in_proj = nn.Linear(width, config.hidden_size)
+        self.model = TitansModel(config)
+        self.model.embed_tokens = None  # type: ignore[assignment]  # patches come as inputs_embeds
+        self.out_proj = nn.Linear(config.hidden_size, width)
+        self.head = nn.Linear(config.num_patches * config.patch_length, config.prediction_length)
+        self.post_init()
+
+    def forward(self, past_values: Tensor, future_values: Tensor | None = None) -> TitansForPredictionOutput:
+        """Forecasts, and the mean squared error if the truth is given.
+
+        Args:
+            past_values: [B, look-back, channels].
+            future_values: [B, horizon, channels].
+
+        Raises:
+            ValueError: other sizes than the configuration's, NaN or infinity in ``past_values``.
+        """
+        self._check_values(past_values)
+        mean, scale = past_values.mean(1, keepdim=True), past_values.std(1, keepdim=True, unbiased=False)
+        scale = scale.where(scale > 0, 1)  # a channel that does not move
+        forecast = self._forecast((past_values - mean) / scale) * scale + mean
+        loss = None if future_values is None else F.mse_loss(forecast, future_values)
+        return TitansForPredictionOutput(loss=loss, prediction_outputs=forecast)
+
+    def _forecast(self, x: Tensor) -> Tensor:
+        """Normalised rows [B, look-back, channels] -> [B, horizon, channels]."""
+        P, S, mixing = self.config.patch_length, self.config.patch_stride, self.config.channel_mixing
+        patches = x[:, (x.shape[1] - P) % S :].unfold(1, P, S)  # [B, N, channels, P]
+        tokens = patches.flatten(2) if mixing else patches.transpose(1, 2).flatten(0, 1)
+        hidden = self.model(inputs_embeds=self.in_proj(tokens), use_cache=False).last_hidden_state
+        tokens = tokens + self.out_proj(hidden)
+        patches = tokens.unflatten(2, (-1, P)).transpose(1, 2) if mixing else tokens.unflatten(0, (len(x), -1))
+        return self.head(patches.flatten(2)).transpose(1, 2)  # from [B, channels, N, P]
+
+    def _check_values(self, x: Tensor) -> None:
+        expected = (self.config.context_length, self.config.num_input_channels)
+        if x.ndim != 3 or x.shape[1:] != expected:
+            raise ValueError(
+                f"past_values has the shape {list(x.shape)}; give [batch, context_length, num_input_channels], here "
+                f"[batch, {expected[0]}, {expected[1]}], or build a model of other lengths"
+            )
+        finite = x.isfinite()
+        if not finite.all():
+            window, row, channel = (~finite).nonzero()[0].tolist()
+            raise ValueError(
+                f"past_values holds {x[window, row, channel].item()}, first in window {window}, row {row}, channel "
+                f"{channel}; fill gaps before forecasting"
+            )
+
+
+AutoConfig.register("titans_prediction", TitansPredictionConfig)
+AutoModelForTimeSeriesPrediction.register(TitansPredictionConfig, TitansForPrediction)
