@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 
 from jsonargparse import ArgumentError, Namespace
 
 from titans.training.config import ConfigParser
+from titans.training.task import Task
 
 
 def quiet_libraries() -> None:
@@ -36,3 +38,9 @@ def take(arguments: list[str], name: str) -> str | None:
             arguments.pop(index)
             return arguments.pop(index)
     return None
+
+
+def data_option(task: Task, text: str) -> str:
+    """What `--data` stands for: the file of a task that has one for all splits, else the `text` of that name."""
+    names = {f.name for f in fields(task.data_class)}
+    return "--data.path" if "path" in names else f"--data.{text}"

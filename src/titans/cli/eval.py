@@ -4,7 +4,7 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 
-from titans.cli.common import parse, quiet_libraries, take
+from titans.cli.common import data_option, parse, quiet_libraries, take
 from titans.training.config import ConfigParser
 
 EXAMPLES = """examples:
@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   titans eval language runs/mine --data books.jsonl.xz --json result.json
   titans eval harness runs/mine --tasks qa1 --babi babi_en10k    by the lm-evaluation-harness
   titans eval needle runs/mine --task niah_single_2 --data books.jsonl.xz --lengths 2048 16384 --samples 100
+  titans eval forecasting runs/etth1 --json result.json
 """
 
 
@@ -28,7 +29,7 @@ def main(arguments: list[str]) -> None:
     task = get_task(arguments.pop(0) if named else "language")
     test = take(arguments, "--data")
     if test is not None:
-        arguments += ["--data.test", test]
+        arguments += [data_option(task, "test"), test]
     parser = ConfigParser(
         prog=f"titans eval {task.name}",
         description=f"Measures a trained model on a task ({', '.join(TASKS)}).",

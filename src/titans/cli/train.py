@@ -3,16 +3,17 @@
 import datetime
 from pathlib import Path
 
-from titans.cli.common import quiet_libraries, take
+from titans.cli.common import data_option, quiet_libraries, take
 from titans.training.config import config_parser, load_yaml, parse_config
 
-USAGE = "titans train [CONFIG.yaml] [--data TEXT] [--output FOLDER] [--key value ...] | --resume RUN"
+USAGE = "titans train [CONFIG.yaml] [--data TEXT or CSV] [--output FOLDER] [--key value ...] | --resume RUN"
 DESCRIPTION = """Trains a model. Without arguments: a small byte-level Titans (MAC) on the source code of Python's
 standard library, in three to four minutes on two cores. Every key may stand in CONFIG.yaml or be given as an option."""
 EXAMPLES = """examples:
   titans train
   titans train --data book.txt --output runs/book
   titans train --model.variant mag --training.tokens 2e6
+  titans train --task forecasting --data ETTh1.csv --data.horizon 96
   titans train my.yaml --training.learning_rate 1e-3
   titans train --resume runs/book               go on where an interrupted run stopped
 """
@@ -25,8 +26,6 @@ def main(arguments: list[str]) -> None:
             raise ValueError(f"--resume takes the run's own config.yaml, but {arguments} was given; leave it out")
         arguments = [str(_config_of(resume)), "--output", resume]
     source = take(arguments, "--data")
-    if source is not None:
-        arguments += ["--data.train", source]
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--config")
     task_name = _peek_task(arguments)
@@ -34,6 +33,8 @@ def main(arguments: list[str]) -> None:
     from titans.tasks import get_task
 
     task = get_task(task_name)
+    if source is not None:
+        arguments += [data_option(task, "train"), source]
     parser = config_parser(
         task, prog="titans train", usage=USAGE, description=DESCRIPTION, epilog=EXAMPLES, exit_on_error=False
     )

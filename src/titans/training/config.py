@@ -52,10 +52,12 @@ class TextData:
 class TrainingConfig:
     """How long, how fast and with what care a model is trained."""
 
-    length: int = option(512, "tokens of a training window")
+    length: int = option(512, "tokens of a training window; in forecasting the look-back, in rows")
     batch_size: int = option(16, "windows of a step, all devices together")
     gradient_accumulation: int = option(1, "steps whose gradients are added up before the weights move")
-    tokens: float = option(1e6, "budget: tokens seen in training; may be written 2e6")
+    tokens: float = option(
+        1e6, "budget: tokens seen in training, in forecasting look-back rows of all windows; may be written 2e6"
+    )
     learning_rate: float = option(2e-3, "peak step size of AdamW, reached after warm-up, then falling along a cosine")
     warmup: float = option(0.05, "fraction of the run in which the step size rises from zero")
     weight_decay: float = option(0.1, "of matrices; norms, biases, gates and other vectors have none")
@@ -150,8 +152,8 @@ def config_parser(task: "Task", **kwargs: Any) -> ConfigParser:
         "--model",
         type=dict[str, Any],
         default=preset.get("model", {}),
-        help="type (titans, llama, sliding_llama, mamba2, gated_delta_net) and the fields of its configuration, "
-        "as in --model.variant mag",
+        help="type (titans, llama, sliding_llama, mamba2, gated_delta_net; in forecasting titans, patchtst, dlinear, "
+        "nlinear) and the fields of its configuration, as in --model.variant mag",
     )
     parts = {"data": task.data_class, "evaluation": task.evaluation_class, "training": TrainingConfig}
     for part, cls in parts.items():

@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import (
+    MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTimeSeriesPrediction,
+    AutoTokenizer,
+    PreTrainedModel,
+    set_seed,
+)
 
 from titans.training.config import nearest
 
@@ -126,7 +134,7 @@ def load_run(run: str) -> tuple[Any, Any]:
         FileNotFoundError: no run there, or one that has not finished.
         ValueError: the checkpoint cannot be read.
     """
-    import titans.models  # noqa: F401  registers our models with the Auto classes
+    import titans.training.forecasters  # noqa: F401  registers what is not a library's own with the Auto classes
 
     folder = Path(run)
     weights = folder / "model.safetensors"
@@ -134,7 +142,10 @@ def load_run(run: str) -> tuple[Any, Any]:
         unfinished = "; the run has not finished, resume it first" if (folder / "checkpoints").exists() else ""
         raise FileNotFoundError(f"run={run!r} holds no model.safetensors{unfinished or '; give the folder of a run'}")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        forecasts = type(config) in MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING
+        auto = AutoModelForTimeSeriesPrediction if forecasts else AutoModelForCausalLM
+        model: Any = auto.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # safetensors, json and torch each raise their own
         raise ValueError(f"{weights} cannot be read ({error}); it is damaged, train again or restore it") from error
     if torch.cuda.is_available():

@@ -61,7 +61,8 @@ def train(
     trainer.remove_callback(PrinterCallback)
     if progress:
         trainer.add_callback(ProgressBar(clock, tokens_per_step))
-    use_cache, model.config.use_cache = model.config.use_cache, False  # windows are read whole in training
+    use_cache = getattr(model.config, "use_cache", False)
+    model.config.use_cache = False  # windows are read whole in training
     trainer.train(resume_from_checkpoint=checkpoint)
     model.config.use_cache = use_cache
     result: dict[str, Any] = {
@@ -162,6 +163,7 @@ def _arguments(config: TrainConfig, data: TaskData, folder: Path) -> TrainingArg
         logging_steps=max(1, training.steps // 100),
         logging_nan_inf_filter=False,
         prediction_loss_only=True,
+        label_names=[data.labels],
         dataloader_drop_last=True,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -171,11 +173,12 @@ def _arguments(config: TrainConfig, data: TaskData, folder: Path) -> TrainingArg
 
 
 def _check_enough(config: TrainConfig, data: TaskData) -> None:
-    if len(data.train) < config.training.batch_size:
-        raise ValueError(
-            f"training.batch_size={config.training.batch_size} is more than the {len(data.train)} items of the "
-            "training data; use a smaller batch, a shorter training.length or more data"
-        )
+    for name, items in (("training", data.train), ("validation", data.validation)):
+        if len(items) < config.training.batch_size:
+            raise ValueError(
+                f"training.batch_size={config.training.batch_size} is more than the {len(items)} items of the "
+                f"{name} data; use a smaller batch, a shorter training.length or more data"
+            )
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -225,7 +228,7 @@ def _plot_loss(history: list[dict[str, float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="nats a token")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
     for key, label in (("loss", "training"), ("eval_loss", "validation")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:

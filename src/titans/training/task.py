@@ -17,16 +17,17 @@ class TaskData:
     """What training needs.
 
     Attributes:
-        train, validation: torch Datasets with a length; items are dicts of tensors that the model's forward takes,
-            `labels` among them.
+        train, validation: torch Datasets with a length; items are dicts of tensors that the model's forward takes.
         tokenizer: saved beside the model; None where a task has none.
         ordered: train on the items of `train` in their order, as they were made for it; otherwise they are shuffled.
+        labels: the entry of an item that the model's loss is about.
     """
 
     train: Any
     validation: Any
     tokenizer: Any
     ordered: bool = False
+    labels: str = "labels"
 
 
 class Task(Protocol):

@@ -116,6 +116,11 @@ def stream_documents(source: str | os.PathLike, text_field: str = "text") -> Ite
             yield iter([text])
 
 
+def read_text(path: Path) -> str:
+    """A utf-8 file, also .gz or .xz, without a byte order mark; ValueError if it is damaged, empty or not text."""
+    return "".join(_blocks(path))
+
+
 def _blocks(path: Path) -> Iterator[str]:
     empty = True
     with _open_text(path) as file:
@@ -128,7 +133,7 @@ def _blocks(path: Path) -> Iterator[str]:
 
 def _read_file(path: Path, text_field: str) -> Iterator[str]:
     if not _is_json_lines(path):
-        return iter(["".join(_blocks(path))])
+        return iter([read_text(path)])
     return ("".join(document) for document in stream_documents(path, text_field))
 
 
@@ -155,7 +160,7 @@ def _read_folder(folder: Path, text_field: str) -> Iterator[str]:
         if path.stat().st_size == 0:
             continue
         try:
-            text = "".join(_blocks(path))
+            text = read_text(path)
         except ValueError:
             binary += 1
             continue
