@@ -196,7 +196,8 @@ def test_validation_loss_is_the_mean_over_its_windows(waves, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is empty; give a CSV file"),
+        ("", "is empty; give a"),
+        ("\n", "is empty; give a CSV file"),
         ("date,a\n", "nothing below it"),
         ("a,b\n1,2\n", r"columns a, b.*must begin with one of dates named 'date'"),
         ("date\n1\n", "followed by columns of numbers"),

@@ -135,8 +135,11 @@ class TitansModel(TitansPreTrainedModel):
 def gates_of(model: nn.Module) -> Iterator[list[Tensor]]:
     """A list that fills with what the gates' projections of all memories give within the context."""
     found: list[Tensor] = []
-    projections = [module for module in model.modules() if isinstance(module, GateProjection)]
-    hooks = [p.register_forward_hook(lambda _, __, z: found.append(z)) for p in projections]  # no more: checkpoints
+
+    def keep(_, __, z: Tensor) -> None:
+        found.append(z)  # nothing is worked out here: activation checkpointing would miss it
+
+    hooks = [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, GateProjection)]
     try:
         yield found
     finally:

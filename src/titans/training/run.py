@@ -98,13 +98,15 @@ class _Trainer(Trainer):
         begins = inputs.pop("begins", None)
         if begins is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        blocks: Any = self.accelerator.unwrap_model(model).model.layers
-        cache = self.carried or TitansCache(len(blocks))
+        blocks = self._titans().model.layers
+        cache = TitansCache(len(blocks)) if self.carried is None else self.carried
         cache.restart(begins, blocks)
-        kwargs["return_outputs"] = True
-        loss, outputs = super().compute_loss(model, {**inputs, "cache": cache, "use_cache": True}, *args, **kwargs)
-        self.carried = outputs.cache.detach_()  # gradients stop at a window's start
+        loss = super().compute_loss(model, {**inputs, "cache": cache, "use_cache": True}, *args, **kwargs)
+        self.carried = cache.detach_()  # gradients stop at a window's start
         return loss
+
+    def _titans(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
 
     def _memory_file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"memory-{self.args.process_index}.safetensors"
@@ -113,13 +115,13 @@ class _Trainer(Trainer):
         if self.carried is not None:
             file = self._memory_file(f"{self.args.output_dir}/checkpoint-{self.state.global_step}")
             file.parent.mkdir(parents=True, exist_ok=True)
-            self.carried.save_pretrained(file, self.accelerator.unwrap_model(model))
+            self.carried.save_pretrained(file, self._titans())
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if (file := self._memory_file(resume_from_checkpoint)).exists():
-            self.carried = TitansCache.load(file, self.model)
+            self.carried = TitansCache.load(file, self._titans())
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
