@@ -75,6 +75,20 @@ def test_resumed_equals_uninterrupted(tmp_path, text, monkeypatch):
     assert [e["loss"] for e in logged[0] if "loss" in e] == [e["loss"] for e in logged[1] if "loss" in e]
 
 
+def test_starts_from_the_weights_of_another_run(tmp_path, text):
+    """A learning rate too small to move anything leaves the other run's losses; another size is refused by name."""
+    first = train(config(tmp_path / "first", text), TASK, progress=False)
+    again = config(tmp_path / "again", text, start_from=str(tmp_path / "first"), learning_rate=1e-12, seed=5)
+    assert train(again, TASK, progress=False)["validation_loss"] == pytest.approx(first["validation_loss"], abs=1e-6)
+    with pytest.raises(FileNotFoundError, match=r"training.start_from='nowhere' holds no model.safetensors"):
+        train(config(tmp_path / "other", text, start_from="nowhere"), TASK, progress=False)
+    for field, value in (("hidden_size", 32), ("num_hidden_layers", 2)):
+        other = config(tmp_path / field, text, start_from=str(tmp_path / "first"))
+        other.model[field] = value
+        with pytest.raises(ValueError, match=r"training.start_from=.*first' does not fit this model: "):
+            train(other, TASK, progress=False)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
 def test_truncated_checkpoint_is_named(tmp_path, text, name):
     run = config(tmp_path / "run", text, tokens=32 * 4 * 4)

@@ -65,6 +65,7 @@ class TrainingConfig:
     bf16: bool = option(False, "bfloat16 autocast; weights, optimizer and memory state stay float32")
     eval_every: float = option(0.1, "validate and save a checkpoint every so many steps; up to 1: fraction of the run")
     seed: int = option(0, "of initialisation and of the order of the windows")
+    start_from: str | None = option(None, "folder of a run whose weights training starts from; by default random ones")
 
     def __post_init__(self):
         for name in ("length", "batch_size", "gradient_accumulation", "tokens", "learning_rate", "eval_every"):

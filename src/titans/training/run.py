@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -21,6 +22,7 @@ from titans.training.callbacks import Clock, MetricsFile, ProgressBar, TensorBoa
 from titans.training.config import TrainConfig
 from titans.training.provenance import provenance
 from titans.training.task import Task, TaskData
+from titans.training.text import expand
 
 _NO_DECAY = re.compile(r"(^|\.)(gates_proj|bias|\w*norm\w*|persistent\w*|conv|memory\.weights)(\.|$)")
 
@@ -48,6 +50,8 @@ def train(
     checkpoint = last_checkpoint(folder) if resume else None
     data = task.load(config)
     model = task.build_model(config, data)
+    if config.training.start_from is not None:
+        _load_weights(model, config.training.start_from)
     write_atomically(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
     _check_enough(config, data)
     clock, tokens_per_step = Clock(), config.training.tokens_per_step
@@ -134,6 +138,22 @@ class _Trainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [name for name, p in model.named_parameters() if p.ndim >= 2 and not _NO_DECAY.search(name)]
+
+
+def _load_weights(model: Any, run: str) -> None:
+    """Puts the weights of another run in place of the model's own, which must be of the same kind and shape."""
+    path = Path(expand(run)) / "model.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"training.start_from={run!r} holds no model.safetensors; give the folder of a run")
+    try:
+        missing, unexpected = load_model(model, path, strict=False)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"training.start_from={run!r} does not fit this model: {error}") from error
+    if missing or unexpected:
+        raise ValueError(
+            f"training.start_from={run!r} does not fit this model: {path} lacks {missing or 'nothing'} and has "
+            f"{unexpected or 'nothing'} beyond it; give the model of the run's config.yaml"
+        )
 
 
 def _arguments(config: TrainConfig, data: TaskData, folder: Path) -> TrainingArguments:
