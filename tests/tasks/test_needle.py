@@ -347,3 +347,12 @@ def test_all_models_compare_and_the_best_stands_first(values, tmp_path):
         results["models"][name]["runs"][0]["metrics"]["cells"][0]["accuracy"] = accuracy
     rows = [row.split("|")[1].strip() for row in table(results, TASK).splitlines()]
     assert rows[2:4] == ["mag", "llama"]
+
+
+def test_the_shipped_checkpoint_finds_the_number(tmp_path):
+    """Trained on half a kilobyte to four, read to eight: what the README shows."""
+    checkpoint, out = Path(__file__).parents[2] / "checkpoints" / "needle", tmp_path / "out.json"
+    main(["eval", "needle", str(checkpoint), "--task", "niah_single_1", "--lengths", "2048", "8192", "--samples", "4",
+          "--json", str(out)])  # fmt: skip
+    assert [cell["accuracy"] for cell in json.loads(out.read_text())["cells"]] == [100, 100]
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 8e6

@@ -7,11 +7,13 @@ import pytest
 
 from titans.tasks import get_task
 from titans.training.compare import Experiment
-from titans.training.config import load_yaml
+from titans.training.config import load_yaml, parse_config
 from titans.training.task import TaskData
 from titans.training.tokens import byte_tokenizer
 
-EXPERIMENTS = sorted((Path(__file__).parents[2] / "benchmarks").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = sorted((ROOT / "benchmarks").glob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "checkpoints").glob("*/*.yaml") if path.stem != "config")
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
@@ -25,3 +27,11 @@ def test_experiments_are_valid_and_their_models_of_one_size(path):
         config = experiment.config(task, name, "count")
         counts.append(task.build_model(config, data).num_parameters())
     assert max(counts) <= min(counts) * (1 + experiment.parameter_tolerance)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_recipes_of_checkpoints_are_valid(path):
+    values = load_yaml(path)
+    config = parse_config(get_task(values.pop("task")), values)
+    stated = load_yaml(path.parent / "config.yaml")
+    assert config.model | {"memory_write_price": None} == stated["model"] | {"memory_write_price": None}
