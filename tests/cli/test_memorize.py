@@ -134,7 +134,7 @@ def stop_after(monkeypatch, pieces):
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Of this process: chunks, segments and windows are open where they end."""
-    monkeypatch.setattr(memorizing, "_PIECE", 250)
+    monkeypatch.setattr(memorizing, "PIECE", 250)
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_files_are_documents_however_they_are_packed(run, tmp_path, monkeypatch)
     assert memorize(run, tmp_path / "a.txt", tmp_path / "b.txt.gz", "-o", tmp_path / "new" / "m") == 0
     assert memorize(run, tmp_path / "ab.jsonl.xz", "--text-field", "t", "-o", tmp_path / "n") == 0
     assert (tmp_path / "new" / "m").read_bytes() == (tmp_path / "n").read_bytes()
-    monkeypatch.setattr("titans.models.causal_lm._PIECE", 250)
+    monkeypatch.setattr("titans.models.causal_lm.PIECE", 250)
     model, tokenizer = load_run(run)
     ids = [i for text in texts for i in (tokenizer.eos_token_id, *text.encode())]
     expected, got = model.memorize(torch.tensor([ids])), TitansCache.load(tmp_path / "n", model)

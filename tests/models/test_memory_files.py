@@ -96,7 +96,7 @@ def test_rows_that_stand_at_different_places(variant, tmp_path):
 @variants
 @pytest.mark.parametrize(("length", "piece"), [(1, 7), (7, 7), (8, 7), (50, 7), (61, 13)])
 def test_memorize_in_pieces_is_one_forward(variant, length, piece, monkeypatch):
-    monkeypatch.setattr("titans.models.causal_lm._PIECE", piece)
+    monkeypatch.setattr("titans.models.causal_lm.PIECE", piece)
     model, x, rest = build(variant, dtype=torch.float64), ids(T=length), ids(T=9, seed=2)
     cache = model.memorize(x)
     with torch.no_grad():
