@@ -96,8 +96,7 @@ class Language:
 
         kind, training = config.model.get("type", "titans"), config.training
         require(kind == "titans", "data.carry", True, f"false: a {kind!r} cannot be trained with what it carries")
-        count = training.steps * training.gradient_accumulation * training.batch_size
-        return DocumentStreams(corpus, training.length, training.batch_size, count, training.seed)
+        return DocumentStreams(corpus, training.length, training.batch_size, training.windows, training.seed)
 
     def build_model(self, config: TrainConfig, data: TaskData) -> "PreTrainedModel":
         from titans.training.models import build_model

@@ -198,7 +198,7 @@ class Recall:
 task = Recall()
 
 
-def _accuracy(model: "PreTrainedModel", sequences: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
+def _accuracy(model: "PreTrainedModel", drawn: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
     """Percent of the queries of sequences of one length whose value is the likeliest id."""
-    answers = [right[asked] for right, asked in right_answers(model, sequences)]
+    answers = [right[asked] for right, asked in right_answers(model, drawn)]
     return 100 * float(np.concatenate(answers).mean())

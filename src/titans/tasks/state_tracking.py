@@ -211,17 +211,10 @@ class StateTracking:
         mend = f"at most training.length - 1 = {longest}: the last answer is given behind the last token"
         require(data.shortest <= longest, "data.shortest", data.shortest, mend)
 
-        def draw(rng: np.random.Generator, _: int) -> tuple[np.ndarray, np.ndarray]:
-            length = int(rng.integers(data.shortest, longest + 1))
-            return _asked(AUTOMATA[data.task].draw(rng, length), data.targets)
-
-        def split(name: str, count: int, seed: int) -> TaggedSequences:
-            return TaggedSequences(draw, count, training.length, _filler(data.task), split=name, seed=seed)
-
-        items = training.steps * training.batch_size * training.gradient_accumulation
+        lengths = data.shortest, longest
         return TaskData(
-            train=split("train", items, training.seed),
-            validation=split("validation", data.validation_sequences, 0),
+            train=_sequences(data, lengths, training.windows, training.length, "train", training.seed),
+            validation=_sequences(data, lengths, data.validation_sequences, training.length, "validation", 0),
             tokenizer=None,
             ordered=True,
         )
@@ -238,14 +231,9 @@ class StateTracking:
     ) -> dict[str, Any]:
         known, needed = model.config.vocab_size, _filler(data.task) + 1
         require(known >= needed, "model.vocab_size", known, f"a model of {needed} ids, trained on {data.task!r}")
-        automaton, cells = AUTOMATA[data.task], []
+        count, cells = evaluation.sequences, []
         for length in evaluation.lengths:
-
-            def draw(rng: np.random.Generator, _: int, length: int = length) -> tuple[np.ndarray, np.ndarray]:
-                return _asked(automaton.draw(rng, length), data.targets)
-
-            count = evaluation.sequences
-            test = TaggedSequences(draw, count, length, _filler(data.task), split="test", seed=evaluation.seed)
+            test = _sequences(data, (length, length), count, length, "test", evaluation.seed)
             answers = list(right_answers(model, map(test.sequence, range(count))))
             cells.append(
                 {
@@ -255,13 +243,13 @@ class StateTracking:
                     "accuracy": 100 * float(np.concatenate([right[asked] for right, asked in answers]).mean()),
                     "last": 100 * float(np.mean([right[asked][-1] for right, asked in answers])),
                     "whole": 100 * float(np.mean([right[asked].all() for right, asked in answers])),
-                    "chance": 100 / automaton.classes,
+                    "chance": 100 / AUTOMATA[data.task].classes,
                 }
             )
         return {"cells": cells}
 
     def summary(self, metrics: dict[str, Any]) -> dict[str, float]:
-        """Accuracy above chance, (accuracy - chance) / (1 - chance), and whole sequences right, in percent."""
+        """Accuracy above chance, the longest sequences' first, and whole sequences right, in percent."""
         cells = metrics["cells"]
         longest = cells[-1]
         first = {f"above chance @ {longest['length']:,} (%)": above_chance(longest)}
@@ -302,8 +290,16 @@ def _filler(name: str) -> int:
     return max(AUTOMATA[name].tokens, AUTOMATA[name].classes)
 
 
-def _asked(sequence: tuple[np.ndarray, np.ndarray], which: str) -> tuple[np.ndarray, np.ndarray]:
-    inputs, targets = sequence
-    if which == "last":
-        targets = np.where(np.arange(len(targets)) == np.flatnonzero(targets != NOTHING)[-1], targets, NOTHING)
-    return inputs, targets
+def _sequences(
+    data: StateData, lengths: tuple[int, int], count: int, window: int, split: str, seed: int
+) -> TaggedSequences:
+    """Sequences whose lengths are drawn evenly from the first of ``lengths`` to the last."""
+    automaton, (shortest, longest) = AUTOMATA[data.task], lengths
+
+    def draw(rng: np.random.Generator, _: int) -> tuple[np.ndarray, np.ndarray]:
+        inputs, targets = automaton.draw(rng, int(rng.integers(shortest, longest + 1)))
+        if data.targets == "last":
+            targets[: np.flatnonzero(targets != NOTHING)[-1]] = NOTHING
+        return inputs, targets
+
+    return TaggedSequences(draw, count, window, _filler(data.task), split=split, seed=seed)

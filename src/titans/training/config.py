@@ -81,6 +81,11 @@ class TrainingConfig:
         return max(1, round(self.tokens / self.tokens_per_step))
 
     @property
+    def windows(self) -> int:
+        """Windows that all steps see together."""
+        return self.steps * self.batch_size * self.gradient_accumulation
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens between two moves of the weights."""
         return self.length * self.batch_size * self.gradient_accumulation

@@ -220,8 +220,7 @@ class QuestionTask:
         train, validation = (
             list(self.makers(data, split, data.task, tokenizer).values()) for split in ("train", "validation")
         )
-        items = training.steps * training.batch_size * training.gradient_accumulation
-        learned = {"count": items, "text_loss": data.text_loss, "curriculum": data.curriculum, "seed": training.seed}
+        learned = {"count": training.windows, "text_loss": data.text_loss, "curriculum": data.curriculum, "seed": training.seed}
         return TaskData(
             train=QuestionWindows(train, split="train", **common, **learned),
             validation=QuestionWindows(
