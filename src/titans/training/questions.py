@@ -220,15 +220,18 @@ class QuestionTask:
         train, validation = (
             list(self.makers(data, split, data.task, tokenizer).values()) for split in ("train", "validation")
         )
-        learned = {"count": training.windows, "text_loss": data.text_loss, "curriculum": data.curriculum, "seed": training.seed}
+        learned: dict[str, Any] = {
+            "count": training.windows,
+            "text_loss": data.text_loss,
+            "curriculum": data.curriculum,
+            "seed": training.seed,
+        }
         return TaskData(
             train=QuestionWindows(train, split="train", **common, **learned),
-            validation=QuestionWindows(
-                validation, split="validation", **common, count=data.validation_windows, seed=0
-            ),
+            validation=QuestionWindows(validation, split="validation", **common, count=data.validation_windows, seed=0),
             tokenizer=tokenizer,
             ordered=True,
-        )  # fmt: skip
+        )
 
     def build_model(self, config: TrainConfig, data: TaskData) -> "PreTrainedModel":
         from titans.training.models import build_model
