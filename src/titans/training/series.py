@@ -24,24 +24,37 @@ def read_series(path: str | Path) -> np.ndarray:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"data.path={str(path)!r} does not exist; give a CSV file")
-    lines = csv.reader(io.StringIO(read_text(Path(path)), newline=""))
-    header = next(lines, [])
-    if not header:
-        raise ValueError(f"{path} is empty; give a CSV file with a line of names and a line for each date")
+    header, rows, lines = read_cells(path)
     if header[0] != "date" or len(header) < 2:
         raise ValueError(
             f"{path} has the columns {', '.join(header[:3])}...; it must begin with one of dates named 'date', "
             "followed by columns of numbers"
         )
-    rows = []
-    for cells in filter(None, lines):
-        where = f"{path}, line {lines.line_num}"
+    return np.stack([_numbers(cells, header, f"{path}, line {line}") for cells, line in zip(rows, lines, strict=True)])
+
+
+def read_cells(path: str | Path) -> tuple[list[str], list[list[str]], list[int]]:
+    """The names in a CSV file's first line, the cells of the others, and where in the file each of them ends.
+
+    Raises:
+        ValueError: an empty file, a line of another length, no text.
+    """
+    reader = csv.reader(io.StringIO(read_text(Path(path)), newline=""))
+    header = next(reader, [])
+    if not header:
+        raise ValueError(f"{path} is empty; give a CSV file with a line of names and a line for each date")
+    rows, lines = [], []
+    for cells in filter(None, reader):
         if len(cells) != len(header):
-            raise ValueError(f"{where} has {len(cells)} cells, its first line {len(header)}; give every line as many")
-        rows.append(_numbers(cells, header, where))
+            raise ValueError(
+                f"{path}, line {reader.line_num} has {len(cells)} cells, its first line {len(header)}; "
+                "give every line as many"
+            )
+        rows.append(cells)
+        lines.append(reader.line_num)
     if not rows:
         raise ValueError(f"{path} has a line of names and nothing below it; give it a line for each date")
-    return np.stack(rows)
+    return header, rows, lines
 
 
 def _numbers(cells: list[str], header: list[str], where: str) -> np.ndarray:
