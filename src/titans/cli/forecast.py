@@ -16,8 +16,8 @@ def main(arguments: list[str]) -> None:
     parser = ConfigParser(
         prog="titans forecast",
         description="Trains a small forecaster on a CSV file and writes the rows after its last one. Rows out of "
-        "order, repeated stamps, gaps and missing values are mended and noted. At the end: its error on the file's last "
-        "rows, which training never saw, beside that of repeating the last season.",
+        "order, repeated stamps, gaps and missing values are mended and noted. At the end: its error on the file's "
+        "last rows, which training never saw, beside that of repeating the last season.",
         epilog=EXAMPLES,
         exit_on_error=False,
     )

@@ -1,5 +1,8 @@
 """Trains a small Titans forecaster on a table and forecasts the rows after its last one."""
 
+# pandas has no types of its own.
+# pyright: reportArgumentType=false
+
 import itertools
 import os
 import tempfile

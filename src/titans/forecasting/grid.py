@@ -1,5 +1,9 @@
 """Series on a regular grid of stamps: order, duplicates, step, gaps and missing values."""
 
+# pandas has no types of its own.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportReturnType=false
+
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -115,7 +119,7 @@ def _check_repeated(stamps: pd.Index, name: str) -> None:
 def _usual_step(stamps: pd.DatetimeIndex, name: str) -> pd.Timedelta | pd.offsets.BaseOffset:
     """The commonest step (the shortest of several), in months where all stamps are on one day of the month."""
     deltas = stamps.to_series().diff()
-    usual = deltas.mode()[0]
+    usual = pd.Timedelta(deltas.mode()[0])
     runs = deltas.groupby((deltas != deltas.shift()).cumsum()).transform("size")
     other = ((runs >= _RUN) & (deltas != usual)).to_numpy()
     if other.any():

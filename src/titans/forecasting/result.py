@@ -1,5 +1,8 @@
 """What comes out of a forecast: numbers, a report, a picture."""
 
+# pandas has no types of its own.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 import math
 import os
 from dataclasses import dataclass
@@ -75,7 +78,7 @@ class Forecast:
         return "The model was better." if model else "The seasonal-naive forecast was as good or better: use that."
 
     def plot(self, path: str | os.PathLike) -> None:
-        """A picture (.png, .pdf, .svg) of each column: its last rows, the look-back or three horizons, and its forecast."""
+        """A picture (.png, .pdf, .svg) of each column: its last rows (look-back or three horizons) and its forecast."""
         from matplotlib.figure import Figure
 
         path, count = Path(path), len(self.frame.columns)

@@ -1,5 +1,8 @@
 """Tables as people have them: which column holds the dates, which hold numbers, and what is neither."""
 
+# pandas has no types of its own.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
+
 import os
 import warnings
 from collections.abc import Sequence
@@ -80,41 +83,41 @@ def _looks_dated(cells: pd.Series) -> bool:
         return True
     text = cells.astype(str)
     parts = text.str.contains(r"\d\D+\d") & pd.to_numeric(text, errors="coerce").isna()
-    return 2 * parts.sum() > len(cells) and 2 * _dates(cells).notna().sum() > len(cells)
+    return bool(2 * parts.sum() > len(cells) and 2 * _readings(cells)[0].notna().sum() > len(cells))
 
 
 def _stamps(cells: pd.Series, name: str) -> pd.Series:
-    stamps = _dates(cells)
+    stamps, *others = _readings(cells)
     if stamps.isna().any():
         place = stamps.isna().idxmax()
         raise ValueError(
             f"{name}, {cells.index.name} {place}, column {cells.name!r} holds {str(cells[place])!r}, no date like the "
             "others; write it as 2016-07-01 00:15:00, or remove the row"
         )
+    for other in others:
+        unlike = other != stamps
+        if other.notna().all() and unlike.any():
+            raise ValueError(
+                f"{name}, column {cells.name!r} holds {str(cells[unlike.idxmax()])!r}, which may be day or month "
+                "first, as may all its dates; write them as 2016-07-01"
+            )
     if _looks_dated(pd.Series([cells.name])):
         raise ValueError(f"{name} begins with the date {cells.name!r}; give it a first line of names")
     return stamps
 
 
-def _dates(cells: pd.Series) -> pd.Series:
-    """The stamps, NaT for a cell that is none.
+def _readings(cells: pd.Series) -> list[pd.Series]:
+    """The stamps, NaT for a cell that is none: year first (ISO 8601), or else in the form of the first cell.
 
-    Year first (ISO 8601), or else all cells in the form of the first, be it month or day first.
+    Such a form may have the month or the day first; the reading that knows more of the cells comes first.
     """
     if pd.api.types.is_datetime64_any_dtype(cells):
-        return cells
+        return [cells]
     text = cells.astype(str).str.strip()
     iso = _parse(text, format="ISO8601")
     if 2 * iso.notna().sum() > len(text):
-        return iso
-    month_first, day_first = _parse(text), _parse(text, dayfirst=True)
-    unlike = month_first != day_first
-    if unlike.any() and month_first.notna().all() and day_first.notna().all():
-        raise ValueError(
-            f"column {cells.name!r} holds {text[unlike.idxmax()]!r}, which may be day or month first, as may all its "
-            "dates; write them as 2016-07-01"
-        )
-    return max(month_first, day_first, key=lambda stamps: stamps.notna().sum())
+        return [iso]
+    return sorted((_parse(text), _parse(text, dayfirst=True)), key=lambda stamps: -stamps.notna().sum())
 
 
 def _parse(text: pd.Series, **form) -> pd.Series:
