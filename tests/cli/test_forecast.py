@@ -1,6 +1,7 @@
 """titans forecast: files that are wrong, mends and the numbers after them, stamps, the back-test, runs end to end."""
 
 import gzip
+import importlib
 import os
 import sys
 
@@ -14,6 +15,7 @@ from titans.forecasting import Table, forecast, read_table
 from titans.forecasting.backtest import backtest, naive_forecast
 from titans.forecasting.forecast import Plan
 from titans.training.models import load_run
+from titans.training.run import train
 
 NAN = np.nan
 HOURS = [f"2024-01-01 {hour:02}:00" for hour in range(24)]
@@ -250,26 +252,34 @@ def test_plan_shrinks_the_look_back_or_refuses():
         Plan.of(144, 12, 12, look_back=7)
 
 
-def weights(folder, frame):
-    forecast(frame, 6, targets=["a", "b"], look_back=12, tokens=1000, run=folder, say=lambda text: None, progress=False)
-    return load_run(str(folder))[0].state_dict()
+def trained_on(monkeypatch, folder, frame):
+    """The rows that training and the choice of the checkpoint are given, and the weights they lead to."""
+    module, given = importlib.import_module("titans.forecasting.forecast"), []
+
+    def spy(config, task, **choices):
+        data = task.load(config)
+        given.extend([data.train.values, data.validation.values])
+        return train(config, task, **choices)
+
+    monkeypatch.setattr(module, "train", spy)
+    forecast(frame, 6, look_back=12, tokens=1000, run=folder, say=lambda text: None, progress=False)
+    return given, load_run(str(folder))[0].state_dict()
 
 
-def same(one, other):
-    return all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_training_sees_no_held_out_row(tmp_path):
-    """Nor does a gap across the border carry one in. Of 200 rows, the last 20 are held out."""
-    frame = waves()
+def test_training_sees_no_held_out_row(tmp_path, monkeypatch):
+    """Nor does a gap across the border carry one in. Of 200 rows, 20 are held out, 13 before choose the checkpoint."""
+    frame = waves()[["a", "b"]]
     frame.iloc[176:184] = NAN
-    reference = weights(tmp_path / "a", frame)
+    given, weights = trained_on(monkeypatch, tmp_path / "a", frame)
+    rows = frame.iloc[:180].ffill()
+    rows = (rows - rows[:167].mean()) / rows[:167].std(ddof=0)
+    np.testing.assert_allclose(given[0], rows[:167], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(given[1], rows[167 - 12 :], rtol=1e-5, atol=1e-5)
     later = frame.copy()
     later.iloc[184:] = later.iloc[184:] * -3 + 100
-    assert same(reference, weights(tmp_path / "b", later))
-    earlier = frame.copy()
-    earlier.iloc[100, 0] += 1
-    assert not same(reference, weights(tmp_path / "c", earlier))
+    given_later, weights_later = trained_on(monkeypatch, tmp_path / "b", later)
+    assert all(np.array_equal(one, other) for one, other in zip(given, given_later, strict=True))
+    assert all(torch.equal(weights[name], weights_later[name]) for name in weights)
 
 
 def command(tmp_path, data, *options):
