@@ -28,6 +28,7 @@ BAD = [
     ({"memory_depth": 5}, "depth must be 1, 2, 3 or 4, got 5"),
     ({"memory_expansion": 0}, "expansion must be positive"),
     ({"memory_max_lr": 0.0}, "memory_max_lr must be positive, got 0.0"),
+    ({"initializer_range": -0.02}, "initializer_range must be positive, got -0.02"),
     ({"num_persistent_tokens": -1}, "num_persistent_tokens must be 0 or more, got -1"),
     ({"hidden_size": 18}, "hidden_size=18 must be num_attention_heads=2 times a multiple of 4"),
     ({"num_memory_heads": 3}, "hidden_size=16 is no multiple of num_memory_heads=3.*memory_head_dim"),
@@ -54,6 +55,8 @@ def test_defaults_follow_other_values():
     assert made.memory_head_dim == 8
     assert made.intermediate_size == 32
     assert config("mac", num_memory_heads=3, memory_head_dim=5).memory_head_dim == 5
+    assert made.initializer_range == pytest.approx(48**-0.5)  # the start of PyTorch's own maps of 16 inputs
+    assert config("mac", initializer_range=0.5).initializer_range == 0.5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

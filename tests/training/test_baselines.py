@@ -67,6 +67,13 @@ def test_a_sliding_window_forgets_and_full_attention_does_not():
             assert has_constant_state(model) is forgets
 
 
+def test_baselines_start_as_ours(kind):
+    """Mamba2 apart, whose authors' start is of that size at any width."""
+    start = small(kind).get_input_embeddings().weight.std().item()
+    assert start == pytest.approx(0.1 if kind == "mamba2" else 96**-0.5, rel=0.05)
+    assert small(kind, initializer_range=0.5).get_input_embeddings().weight.std().item() == pytest.approx(0.5, rel=0.05)
+
+
 def test_seed_decides_the_weights(kind):
     spec = {"type": kind, **SMALL[kind]}
     one, same, other = (build_model(spec, **IDS, seed=seed) for seed in (1, 1, 2))

@@ -15,6 +15,7 @@ from transformers import (
     set_seed,
 )
 
+from titans.models.configuration import linear_start
 from titans.training.config import nearest
 
 # type -> (module below transformers.models, config class, model class, defaults that make a model of about a million
@@ -100,6 +101,7 @@ def _derived(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
     if kind == "mamba2":
         inner = fields["hidden_size"] * fields.get("expand", 2)
         return {"num_heads": inner // fields["head_dim"], **fields}
+    fields = {"initializer_range": linear_start(fields["hidden_size"]), **fields}  # as ours; 0.02 is for wide models
     if kind == "gated_delta_net":
         # Every layer linear; the library's cache of such a model cannot drive generate(), so it is off by default.
         return {"layer_types": ["linear_attention"] * fields["num_hidden_layers"], "use_cache": False, **fields}
