@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         TitansConfig,
         TitansForCausalLM,
         TitansForPrediction,
+        TitansForSequenceClassification,
         TitansModel,
         TitansPredictionConfig,
     )
@@ -21,14 +22,15 @@ _HOMES = {
     "titans.memory": ("MemoryMLP", "MemoryState", "neural_memory"),
     "titans.layers": ("LMM", "MAC", "MAG", "MAL", "NeuralMemory"),
     "titans.models": (
-        "TitansCache", "TitansConfig", "TitansForCausalLM", "TitansForPrediction", "TitansModel",
-        "TitansPredictionConfig",
+        "TitansCache", "TitansConfig", "TitansForCausalLM", "TitansForPrediction",
+        "TitansForSequenceClassification", "TitansModel", "TitansPredictionConfig",
     ),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "LMM", "MAC", "MAG", "MAL", "MemoryMLP", "MemoryState", "NeuralMemory", "TitansCache", "TitansConfig",
-    "TitansForCausalLM", "TitansForPrediction", "TitansModel", "TitansPredictionConfig", "neural_memory",
+    "TitansForCausalLM", "TitansForPrediction", "TitansForSequenceClassification", "TitansModel", "TitansPredictionConfig",
+    "neural_memory",
 ]  # fmt: skip
 
 

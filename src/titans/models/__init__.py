@@ -2,6 +2,7 @@
 
 from titans.models.cache import TitansCache
 from titans.models.causal_lm import TitansForCausalLM, TitansModel, TitansPreTrainedModel
+from titans.models.classification import TitansForSequenceClassification
 from titans.models.configuration import (
     TitansConfig,
     titans_170m,
@@ -14,6 +15,6 @@ from titans.models.prediction import TitansForPrediction, TitansForPredictionOut
 
 __all__ = [
     "TitansCache", "TitansConfig", "TitansForCausalLM", "TitansForPrediction", "TitansForPredictionOutput",
-    "TitansModel", "TitansPreTrainedModel", "TitansPredictionConfig",
+    "TitansForSequenceClassification", "TitansModel", "TitansPreTrainedModel", "TitansPredictionConfig",
     "titans_170m", "titans_340m", "titans_400m", "titans_760m", "titans_tiny",
 ]  # fmt: skip
