@@ -29,8 +29,8 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "LMM", "MAC", "MAG", "MAL", "MemoryMLP", "MemoryState", "NeuralMemory", "TitansCache", "TitansConfig",
-    "TitansForCausalLM", "TitansForPrediction", "TitansForSequenceClassification", "TitansModel", "TitansPredictionConfig",
-    "neural_memory",
+    "TitansForCausalLM", "TitansForPrediction", "TitansForSequenceClassification", "TitansModel",
+    "TitansPredictionConfig", "neural_memory",
 ]  # fmt: skip
 
 

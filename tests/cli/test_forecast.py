@@ -54,7 +54,7 @@ def read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is empty; give a file"),
+        ("", "is empty; give a CSV file"),
         ("\n", "is empty; give a CSV file with a line of names"),
         (csv(), "nothing below it"),
         (hourly(1), r"file\.csv has one row, 2024-01-01 00:00:00; give it more"),

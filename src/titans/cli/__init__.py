@@ -8,6 +8,7 @@ COMMANDS = {
     "generate": "let a trained model go on from a prompt",
     "memorize": "read documents of any size into a model's memory, and keep it in a file",
     "eval": "measure a trained model on a task",
+    "classify": "say which class each DNA sequence of a file belongs to",
     "forecast": "train a forecaster on a CSV file, and write the rows after its last one",
     "compare": "train several models under one budget, over seeds, and tabulate",
     "bench": "time and memory of layers and models, side by side",
@@ -26,6 +27,7 @@ examples:
   titans generate runs/mine --prompt "def main("
   titans memorize runs/mine book.txt -o book.memory.safetensors
   titans eval language runs/mine --data other.txt
+  titans classify runs/tata genes.fa -o calls.csv
   titans forecast data.csv --horizon 96 -o forecast.csv
   titans COMMAND --help                         all options of a command
 """

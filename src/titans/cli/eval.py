@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   titans eval harness runs/mine --tasks qa1 --babi babi_en10k    by the lm-evaluation-harness
   titans eval needle runs/mine --task niah_single_2 --data books.jsonl.xz --lengths 2048 16384 --samples 100
   titans eval forecasting runs/etth1 --json result.json
+  titans eval dna runs/tata
 """
 
 
@@ -49,13 +50,13 @@ def main(arguments: list[str]) -> None:
 
     quiet_libraries()
     from titans.training.config import load_yaml, parse_config
-    from titans.training.models import load_run
+    from titans.training.models import check_text_run, load_run
     from titans.training.run import write_atomically
 
     model, tokenizer = load_run(options.run)
     config = load_yaml(Path(options.run) / "config.yaml")
-    if tokenizer is None and config["task"] != task.name:
-        raise ValueError(f"run={options.run!r} has no tokenizer: {config['task']!r} has no text; give a run of text")
+    if config["task"] != task.name:
+        check_text_run(options.run, model, tokenizer)
     data = parse_config(task, config).data if config["task"] == task.name else task.data_class()
     data = replace(data, **{name: value for name, value in vars(options.data).items() if value is not None})
     evaluation = task.evaluation_class(**{f.name: options[f.name] for f in fields(task.evaluation_class)})

@@ -39,11 +39,11 @@ def main(arguments: list[str]) -> None:
 
     from titans.models import TitansCache
     from titans.training.models import load_text_run
+    from titans.training.tokens import prompt_ids
 
     model, tokenizer = load_text_run(options.run)
     memory = {"cache": TitansCache.load(options.memory, model)} if options.memory else {}
-    prompt = _prompt(options.prompt, options.prompt_file) or tokenizer.bos_token
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, split_special_tokens=False).to(model.device)
+    ids = prompt_ids(tokenizer, _prompt(options.prompt, options.prompt_file)).to(model.device)
     sampling: dict = {"do_sample": False}
     if options.temperature > 0:
         draws = {name: options[name] for name in ("temperature", "top_k", "top_p")}
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
     set_seed(options.seed)
     with torch.inference_mode():
         model.generate(
-            **ids,
+            ids,
             **memory,
             max_new_tokens=options.max_new_tokens,
             streamer=TextStreamer(tokenizer, skip_special_tokens=True),

@@ -19,7 +19,9 @@ def main(arguments: list[str]) -> None:
         exit_on_error=False,
     )
     parser.add_argument("run", type=str, help="folder of a run, as `titans train` leaves it")
-    parser.add_argument("files", type=str, nargs="+", help="text or .jsonl files (also .gz, .xz), read in this order")
+    parser.add_argument(
+        "files", type=str, nargs="+", help="text, .jsonl or FASTA files (also .gz, .xz), read in this order"
+    )
     parser.add_argument("-o", "--output", type=str, required=True, help="the memory's file")
     parser.add_argument("--text-field", type=str, default="text", help="field of .jsonl lines that holds the text")
     parser.add_argument("--save-every", type=int, default=100_000, help="tokens between two savings of what is read")

@@ -6,7 +6,7 @@ from pathlib import Path
 from titans.cli.common import data_option, quiet_libraries, take
 from titans.training.config import config_parser, load_yaml, parse_config
 
-USAGE = "titans train [CONFIG.yaml] [--data TEXT or CSV] [--output FOLDER] [--key value ...] | --resume RUN"
+USAGE = "titans train [CONFIG.yaml] [--data FILE or FOLDER] [--output FOLDER] [--key value ...] | --resume RUN"
 DESCRIPTION = """Trains a model. Without arguments: a small byte-level Titans (MAC) on the source code of Python's
 standard library, in three to four minutes on two cores. Every key may stand in CONFIG.yaml or be given as an option."""
 EXAMPLES = """examples:
@@ -14,6 +14,8 @@ EXAMPLES = """examples:
   titans train --data book.txt --output runs/book
   titans train --model.variant mag --training.tokens 2e6
   titans train --task forecasting --data ETTh1.csv --data.horizon 96
+  titans train --task dna --data GUE/prom_core_tata
+  titans train --data genome.fa.gz              the next nucleotide
   titans train my.yaml --training.learning_rate 1e-3
   titans train --resume runs/book               go on where an interrupted run stopped
 """

@@ -1,5 +1,7 @@
 """Titans as a classifier of sequences: blocks, the mean over a sequence's tokens, one linear map."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -37,7 +39,7 @@ class TitansForSequenceClassification(TitansPreTrainedModel):
         if config.memory_write_price:
             raise ValueError(f"memory_write_price={config.memory_write_price} is for language models; leave it at 0")
         self.model = TitansModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
         self.post_init()
 
     def forward(
@@ -63,7 +65,7 @@ class TitansForSequenceClassification(TitansPreTrainedModel):
             input_ids, attention_mask, None, inputs_embeds, use_cache=False, output_hidden_states=output_hidden_states
         )
         logits = self.score(mean_of_tokens(out.last_hidden_state, attention_mask))
-        loss = None
+        loss: Any = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)

@@ -76,12 +76,12 @@ class Language:
         }
 
     def load(self, config: TrainConfig) -> TaskData:
-        from titans.training.text import expand, split_documents, truncate
-        from titans.training.tokens import Corpus, WindowDataset, load_tokenizer
+        from titans.training.text import split_documents, truncate
+        from titans.training.tokens import Corpus, WindowDataset, tokenizer_of
 
         data: LanguageData = config.data
         train, validation = (split_documents(data, split) for split in ("train", "validation"))
-        tokenizer = load_tokenizer(expand(data.tokenizer))
+        tokenizer = tokenizer_of(data)
         validation = truncate(validation, int(data.validation_bytes))
         corpus, length = Corpus.build(train, tokenizer), config.training.length
         return TaskData(
@@ -132,7 +132,8 @@ class Language:
     def summary(self, metrics: dict[str, Any]) -> dict[str, float]:
         windows = metrics["windows"].items()
         bits = {f"bits per byte @ {name}": window["bits_per_byte"] for name, window in windows}
-        return bits | {f"word perplexity @ {name}": window["word_perplexity"] for name, window in windows}
+        words = {f"word perplexity @ {name}": window["word_perplexity"] for name, window in windows}
+        return bits | {column: value for column, value in words.items() if value is not None}
 
     def report(self, metrics: dict[str, Any]) -> str:
         windows = metrics["windows"]
@@ -144,7 +145,8 @@ class Language:
             "|---|---:|---:|",
         ]
         for name, window in windows.items():
-            lines.append(f"| {names[name]} | {window['bits_per_byte']:.3f} | {window['word_perplexity']:,.1f} |")
+            words = "" if window["word_perplexity"] is None else f"{window['word_perplexity']:,.1f}"
+            lines.append(f"| {names[name]} | {window['bits_per_byte']:.3f} | {words} |")
         lines += [f"| {packer} | {metrics[packer + '_bits_per_byte']:.3f} | |" for packer in ("gzip", "xz")]
         lines += ["", "Bits per byte by position in the document:", ""]
         lines += ["| tokens | " + " | ".join(names.values()) + " |", "|---:|" + "---:|" * len(names)]

@@ -5,7 +5,8 @@ No torch here: the command line builds its help from these classes.
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin
@@ -35,16 +36,34 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     return " or ".join(map(repr, close)) if close else "one of " + ", ".join(sorted(valid))
 
 
+def check_settings(kind: str, keys: Iterable[str], valid: Iterable[str]) -> None:
+    """Raises ValueError for a key that is no setting of a type of model."""
+    for key in keys:
+        if key not in valid:
+            raise ValueError(f"model.{key} is no setting of {kind!r}; use {nearest(key, valid)}")
+
+
+@contextmanager
+def refusals(spec: dict[str, Any], name: str) -> Iterator[None]:
+    """What a library raises at settings that it cannot use, of which it has a family of types, as ValueError."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"model={spec} is refused by {name}: {error}") from error
+
+
 @dataclass
 class TextData:
     """Where text comes from. Environment variables in paths are expanded."""
 
     train: str | None = option(
-        None, "text file, folder, .jsonl (also .gz, .xz) or data set; by default Python's own standard library"
+        None, "text file, folder, .jsonl, FASTA (also .gz, .xz) or data set; by default Python's own standard library"
     )
     validation: str | None = option(None, "the same; by default the last 5 % of the training text")
     test: str | None = option(None, "the same; by default 5 % of the training text, before the validation text")
-    tokenizer: str = option("bytes", "'bytes', or a folder with a tokenizer")
+    tokenizer: str | None = option(
+        None, "'bytes', 'nucleotide', or a folder with a tokenizer; by default nucleotide for a FASTA file, else bytes"
+    )
     text_field: str = option("text", "field of .jsonl lines and data set rows that holds the text")
 
 
@@ -52,7 +71,9 @@ class TextData:
 class TrainingConfig:
     """How long, how fast and with what care a model is trained."""
 
-    length: int = option(512, "tokens of a training window; in forecasting the look-back, in rows")
+    length: int = option(
+        512, "tokens of a training window; in forecasting the look-back, in rows, in dna the longest sequence, in bases"
+    )
     batch_size: int = option(16, "windows of a step, all devices together")
     gradient_accumulation: int = option(1, "steps whose gradients are added up before the weights move")
     tokens: float = option(
@@ -158,8 +179,9 @@ def config_parser(task: "Task", **kwargs: Any) -> ConfigParser:
         "--model",
         type=dict[str, Any],
         default=preset.get("model", {}),
-        help="type (titans, llama, sliding_llama, mamba2, gated_delta_net; in forecasting titans, patchtst, dlinear, "
-        "nlinear) and the fields of its configuration, as in --model.variant mag",
+        help="type (titans, llama, sliding_llama, mamba2, gated_delta_net, in dna also transformer, cnn; in "
+        "forecasting titans, patchtst, dlinear, nlinear) and the fields of its configuration, as in --model.variant "
+        "mag",
     )
     parts = {"data": task.data_class, "evaluation": task.evaluation_class, "training": TrainingConfig}
     for part, cls in parts.items():

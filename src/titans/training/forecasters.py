@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from titans.models.prediction import TitansForPrediction, TitansForPredictionOutput, TitansPredictionConfig
-from titans.training.config import nearest, require
+from titans.training.config import check_settings, nearest, refusals, require
 
 
 class LinearForecasterConfig(PreTrainedConfig):
@@ -113,11 +113,7 @@ def build_forecaster(
         "num_input_channels": num_input_channels,
     }
     valid = set(config_class.__dataclass_fields__) - set(sizes) - {"kind"}
-    for key in fields:
-        if key not in valid:
-            raise ValueError(f"model.{key} is no setting of {kind!r}; use {nearest(key, valid)}")
+    check_settings(kind, fields, valid)
     set_seed(seed)
-    try:
+    with refusals(spec, config_class.__name__):
         return model_class(config_class(**defaults | fields | sizes))
-    except Exception as error:  # the library validates with its own family of types
-        raise ValueError(f"model={spec} is refused by {config_class.__name__}: {error}") from error

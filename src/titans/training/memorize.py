@@ -18,7 +18,7 @@ from titans.models import TitansCache, TitansForCausalLM
 from titans.models.causal_lm import PIECE
 from titans.models.memory_file import Identity
 from titans.training.config import require
-from titans.training.text import stream_documents
+from titans.training.text import is_fasta, stream_documents
 from titans.training.tokens import Tokenizer, is_bytes, stream
 
 _ROWS = 256  # tokens whose logits are held at once
@@ -64,7 +64,7 @@ def memorize(
     the reading goes on from it, to the same file bit for bit as without interruption.
 
     Args:
-        files: text files (utf-8) or `.jsonl` files, either also as `.gz` or `.xz`.
+        files: text files (utf-8), `.jsonl` or FASTA files, each also as `.gz` or `.xz`.
         text_field: the field of a JSON line that holds the text.
         save_every: tokens between two savings.
         progress: show a progress bar.
@@ -103,7 +103,7 @@ def memorize(
 def _existing(file: str | os.PathLike) -> Path:
     path = Path(file)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; give text files, .jsonl files, or either as .gz or .xz")
+        raise FileNotFoundError(f"{path} is no file; give text, .jsonl or FASTA files, also as .gz or .xz")
     return path
 
 
@@ -140,7 +140,7 @@ def _save(cache: TitansCache, reading: Reading, digest: str, path: Path, identit
 
 def _count(tokenizer: Tokenizer, paths: Sequence[Path]) -> int | None:
     """Tokens of all files, where their sizes tell."""
-    plain = not any({".gz", ".xz", ".jsonl"} & set(path.suffixes) for path in paths)
+    plain = not any({".gz", ".xz", ".jsonl"} & set(path.suffixes) or is_fasta(path) for path in paths)
     return sum(path.stat().st_size + 1 for path in paths) if plain and is_bytes(tokenizer) else None
 
 

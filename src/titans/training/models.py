@@ -9,6 +9,7 @@ from transformers import (
     MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoModelForTimeSeriesPrediction,
     AutoTokenizer,
     PreTrainedModel,
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from titans.models.configuration import linear_start
-from titans.training.config import nearest
+from titans.training.config import check_settings, nearest, refusals
 
 # type -> (module below transformers.models, config class, model class, defaults that make a model of about a million
 # parameters). The embeddings are tied in all of them.
@@ -82,18 +83,19 @@ def build_model(
         return TitansForCausalLM(TitansConfig(**fields))
     if kind not in _BASELINES:
         raise ValueError(f"model.type={kind!r} is unknown; use {nearest(kind, MODEL_TYPES)}")
-    module_name, config_name, model_name, defaults = _BASELINES[kind]
-    module = importlib.import_module(f"transformers.models.{module_name}")
-    config_class = getattr(module, config_name)
-    valid = set(config_class.__annotations__) - {"layer_types"}
-    for key in fields:
-        if key not in valid:
-            raise ValueError(f"model.{key} is no setting of {kind!r}; use {nearest(key, valid)}")
-    fields = {"tie_word_embeddings": True, **defaults, **fields}
-    try:
-        return getattr(module, model_name)(config_class(**_derived(kind, fields)))
-    except Exception as error:  # the library validates with its own family of types
-        raise ValueError(f"model={spec} is refused by {config_name}: {error}") from error
+    config_class, fields = baseline_settings(kind, fields)
+    module_name, _, model_name, _ = _BASELINES[kind]
+    model_class = getattr(importlib.import_module(f"transformers.models.{module_name}"), model_name)
+    with refusals(spec, config_class.__name__):
+        return model_class(config_class(**fields))
+
+
+def baseline_settings(kind: str, fields: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A baseline's configuration class and its checked settings, with our defaults beneath `fields`."""
+    module_name, config_name, _, defaults = _BASELINES[kind]
+    config_class = getattr(importlib.import_module(f"transformers.models.{module_name}"), config_name)
+    check_settings(kind, fields, set(config_class.__annotations__) - {"layer_types"})
+    return config_class, _derived(kind, {"tie_word_embeddings": True, **defaults, **fields})
 
 
 def _derived(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -129,6 +131,11 @@ def read_on(
     return output.logits, output.cache
 
 
+def is_classifier(architecture: str) -> bool:
+    """Whether a model class of that name gives classes of whole sequences, by the library's own rule of names."""
+    return architecture.endswith("ForSequenceClassification")
+
+
 def load_run(run: str) -> tuple[Any, Any]:
     """Model (in evaluation mode, on the GPU if there is one) and tokenizer (None: it has none) of a finished run.
 
@@ -136,6 +143,7 @@ def load_run(run: str) -> tuple[Any, Any]:
         FileNotFoundError: no run there, or one that has not finished.
         ValueError: the checkpoint cannot be read.
     """
+    import titans.training.classifiers
     import titans.training.forecasters  # noqa: F401  registers what is not a library's own with the Auto classes
 
     folder = Path(run)
@@ -144,9 +152,13 @@ def load_run(run: str) -> tuple[Any, Any]:
         unfinished = "; the run has not finished, resume it first" if (folder / "checkpoints").exists() else ""
         raise FileNotFoundError(f"run={run!r} holds no model.safetensors{unfinished or '; give the folder of a run'}")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        forecasts = type(config) in MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING
-        auto = AutoModelForTimeSeriesPrediction if forecasts else AutoModelForCausalLM
+        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if type(config) in MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING:
+            auto: Any = AutoModelForTimeSeriesPrediction
+        elif is_classifier(config.architectures[0]):
+            auto = AutoModelForSequenceClassification
+        else:
+            auto = AutoModelForCausalLM
         model: Any = auto.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # safetensors, json and torch each raise their own
         raise ValueError(f"{weights} cannot be read ({error}); it is damaged, train again or restore it") from error
@@ -157,8 +169,15 @@ def load_run(run: str) -> tuple[Any, Any]:
 
 
 def load_text_run(run: str) -> tuple[Any, Any]:
-    """``load_run`` for what needs text: also a ValueError where the run has no tokenizer."""
+    """``load_run`` for what needs a language model and its tokenizer: also a ValueError where they are none."""
     model, tokenizer = load_run(run)
+    check_text_run(run, model, tokenizer)
+    return model, tokenizer
+
+
+def check_text_run(run: str, model: PreTrainedModel, tokenizer: Any) -> None:
+    """Raises ValueError where a run's model reads no text, or writes none."""
     if tokenizer is None:
         raise ValueError(f"run={run!r} has no tokenizer: its model reads no text; give a run trained on text")
-    return model, tokenizer
+    if not model.can_generate():
+        raise ValueError(f"run={run!r} holds a {type(model).__name__}, which writes no text; give a language model")

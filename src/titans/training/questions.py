@@ -207,11 +207,10 @@ class QuestionTask:
         raise NotImplementedError
 
     def load(self, config: TrainConfig) -> TaskData:
-        from titans.training.text import expand
-        from titans.training.tokens import load_tokenizer
+        from titans.training.tokens import tokenizer_of
 
         data, training = config.data, config.training
-        tokenizer = load_tokenizer(expand(data.tokenizer))
+        tokenizer = tokenizer_of(data)
         common: dict[str, Any] = {
             "tokenizer": tokenizer,
             "window": training.length,

@@ -14,12 +14,13 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from titans.models import TitansCache
 from titans.training.callbacks import Clock, MetricsFile, ProgressBar, TensorBoard, write_atomically
 from titans.training.config import TrainConfig
+from titans.training.models import is_classifier
 from titans.training.provenance import provenance
 from titans.training.task import Task, TaskData
 from titans.training.text import expand
@@ -60,6 +61,7 @@ def train(
         args=_arguments(config, data, folder),
         train_dataset=data.train,
         eval_dataset=data.validation,
+        data_collator=data.collate,
         callbacks=[clock, MetricsFile(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard")],
     )
     trainer.remove_callback(PrinterCallback)
@@ -141,12 +143,21 @@ class _Trainer(Trainer):
 
 
 def _load_weights(model: Any, run: str) -> None:
-    """Puts the weights of another run in place of the model's own, which must be of the same kind and shape."""
+    """Puts the weights of another run in place of the model's own, which must be of the same kind and shape.
+
+    A classifier takes the body of a language model, too.
+    """
     path = Path(expand(run)) / "model.safetensors"
     if not path.exists():
         raise FileNotFoundError(f"training.start_from={run!r} holds no model.safetensors; give the folder of a run")
+    missing = unexpected = []
     try:
-        missing, unexpected = load_model(model, path, strict=False)
+        config: Any = AutoConfig.from_pretrained(path.parent, local_files_only=True)
+        if is_classifier(type(model).__name__) and not is_classifier(config.architectures[0]):
+            body = AutoModel.from_pretrained(path.parent, local_files_only=True)
+            model.base_model.load_state_dict(body.state_dict())  # the head is new
+        else:
+            missing, unexpected = load_model(model, path, strict=False)
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"training.start_from={run!r} does not fit this model: {error}") from error
     if missing or unexpected:

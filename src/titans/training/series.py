@@ -1,14 +1,12 @@
 """Time series: CSV files, the literature's splits and scaling, windows of look-back and horizon. No torch here."""
 
-import csv
-import io
 import re
 from pathlib import Path
 
 import numpy as np
 
 from titans.training.config import require
-from titans.training.text import expand, read_text
+from titans.training.text import expand, read_csv
 
 MONTH = 30 * 24  # hours, and rows of an hourly series
 
@@ -39,22 +37,8 @@ def read_cells(path: str | Path) -> tuple[list[str], list[list[str]], list[int]]
     Raises:
         ValueError: an empty file, a line of another length, no text.
     """
-    reader = csv.reader(io.StringIO(read_text(Path(path)), newline=""))
-    header = next(reader, [])
-    if not header:
-        raise ValueError(f"{path} is empty; give a CSV file with a line of names and a line for each date")
-    rows, lines = [], []
-    for cells in filter(None, reader):
-        if len(cells) != len(header):
-            raise ValueError(
-                f"{path}, line {reader.line_num} has {len(cells)} cells, its first line {len(header)}; "
-                "give every line as many"
-            )
-        rows.append(cells)
-        lines.append(reader.line_num)
-    if not rows:
-        raise ValueError(f"{path} has a line of names and nothing below it; give it a line for each date")
-    return header, rows, lines
+    (_, header), *lines = read_csv(path)
+    return header, [cells for _, cells in lines], [number for number, _ in lines]
 
 
 def _numbers(cells: list[str], header: list[str], where: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What a task is to training and comparing: a file in `titans.tasks` with an object of this shape."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +22,7 @@ class TaskData:
         tokenizer: saved beside the model; None where a task has none.
         ordered: train on the items of `train` in their order, as they were made for it; otherwise they are shuffled.
         labels: the entry of an item that the model's loss is about.
+        collate: makes a batch of items that are not of one size.
     """
 
     train: Any
@@ -28,6 +30,7 @@ class TaskData:
     tokenizer: Any
     ordered: bool = False
     labels: str = "labels"
+    collate: Callable[[list[Any]], Any] | None = None
 
 
 class Task(Protocol):

@@ -1,5 +1,6 @@
 """Text in: readers of files, folders and data sets, the embedded default, cutting to size."""
 
+import csv
 import gzip
 import hashlib
 import io
@@ -15,12 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from titans.training.nucleotides import nucleotides
+
 if TYPE_CHECKING:
     from titans.training.config import TextData
 
 logger = logging.getLogger(__name__)
 
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+_FASTA = (".fa", ".fasta", ".fna")
 _BLOCK = 2**16  # characters of a block of text, without the rest of its last line
 _DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 # Folders of the standard library that hold tests, generated tables or what was installed later.
@@ -28,12 +32,12 @@ _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages
 
 
 def read_documents(source: str | os.PathLike, text_field: str = "text") -> Iterator[str]:
-    """The documents of a text file, a folder, a JSON-lines file or a Hugging Face data set, in a fixed order.
+    """The documents of a text, JSON-lines or FASTA file, a folder or a Hugging Face data set, in a fixed order.
 
     Args:
-        source: a text file (any utf-8), a `.jsonl` file, either also as `.gz` or `.xz`; a folder (all files below it,
-            sorted, binary ones skipped with a warning; or a data set saved by `datasets`); or a data set's name,
-            `name` or `name:split` (split "train" by default).
+        source: a text file (any utf-8), a `.jsonl` or a FASTA file (a record is a document), each also as `.gz` or
+            `.xz`; a folder (all files below it, sorted, binary ones skipped with a warning; or a data set saved by
+            `datasets`); or a data set's name, `name` or `name:split` (split "train" by default).
         text_field: the field of a JSON line or data set row that holds the text.
 
     Raises:
@@ -67,16 +71,16 @@ def _is_dataset_name(source: str) -> bool:
     saved, colon, _ = source.rpartition(":")
     if colon and Path(saved).is_dir():
         return True
-    files = {".txt", ".md", ".py", ".json", ".jsonl", ".csv", *_OPENERS}
+    files = {".txt", ".md", ".py", ".json", ".jsonl", ".csv", *_FASTA, *_OPENERS}
     return bool(_DATASET_NAME.fullmatch(source)) and Path(source).suffix.lower() not in files
 
 
 @contextmanager
-def _open_text(path: Path) -> Iterator[TextIO]:
+def _open_text(path: Path, newline: str = "\n") -> Iterator[TextIO]:
     """A file's text, unpacked, its line ends as they are; what cannot be read is a ValueError."""
     opener: Any = _OPENERS.get(path.suffix, open)
     try:
-        with opener(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n") as file:
+        with opener(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline) as file:
             yield file
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a readable {path.suffix} file ({error}); pack it again") from error
@@ -90,16 +94,72 @@ def _text(path: Path, piece: str) -> str:
     return piece
 
 
-def _is_json_lines(path: Path) -> bool:
-    return path.with_suffix("").suffix == ".jsonl" or path.suffix == ".jsonl"
+def _suffix(path: str | os.PathLike) -> str:
+    """`.jsonl` of `a.jsonl` and of `a.jsonl.gz`."""
+    path = Path(path)
+    return Path(path.stem).suffix if path.suffix in _OPENERS else path.suffix
+
+
+def is_fasta(path: str | os.PathLike) -> bool:
+    """Whether a file's name says that it holds FASTA records: .fa, .fasta or .fna, also packed."""
+    return _suffix(path) in _FASTA
+
+
+def read_fasta(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
+    """The name (the first word after `>`) and the sequence (A, C, G, T, N) of every record, one at a time.
+
+    Raises:
+        ValueError: no record, one without a sequence, a letter that is no nucleotide.
+        ImportError: `biopython` is not installed.
+    """
+    try:
+        from Bio.SeqIO.FastaIO import SimpleFastaParser  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("reading FASTA files needs `biopython`: pip install 'titans[dna]'") from error
+    name = None
+    with _open_text(Path(path)) as file:
+        for number, (title, text) in enumerate(SimpleFastaParser(file), start=1):
+            name = next(iter(title.split()), f"record {number}")
+            if not text:
+                raise ValueError(f"{path}, record {name!r} has no sequence; give it one or remove it")
+            yield name, nucleotides(text, f"{path}, record {name!r}")
+    if name is None:
+        raise ValueError(f"{path} holds no FASTA record; begin each with a line of `>` and a name")
+
+
+def read_csv(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
+    """The lines of a CSV file, that of the names first, one at a time: where in the file it ends, and its cells.
+
+    Raises:
+        ValueError: no names, nothing below them, a line of another length, no text.
+    """
+    csv.field_size_limit(2**31 - 1)  # a cell may hold a chromosome
+    header, count = None, 0
+    with _open_text(Path(path), newline="") as file:
+        reader = csv.reader(_text(Path(path), line) for line in file)
+        try:
+            for cells in filter(None, reader):
+                header, count = header or cells, count + 1
+                if len(cells) != len(header):
+                    raise ValueError(
+                        f"{path}, line {reader.line_num} has {len(cells)} cells, its first line {len(header)}; "
+                        "give every line as many"
+                    )
+                yield reader.line_num, cells
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num} is not CSV ({error}); mend the line") from error
+    if header is None:
+        raise ValueError(f"{path} is empty; give a CSV file with a line of names and lines below it")
+    if count == 1:
+        raise ValueError(f"{path} has a line of names and nothing below it; give it lines")
 
 
 def stream_documents(source: str | os.PathLike, text_field: str = "text") -> Iterator[Iterator[str]]:
     """The documents of a file, each as blocks of text, at constant memory: the file may be of any size.
 
     A block is whole lines of about 64 Ki characters (a line longer than that is cut), and the blocks of a file are the
-    same every time. Of a `.jsonl` file every line is a document, and a block. A document is to be used up before the
-    next.
+    same every time. Of a `.jsonl` file every line is a document, and a block, of a FASTA file every record. A document
+    is to be used up before the next.
 
     Args:
         source, text_field: as in `read_documents`, a file.
@@ -108,12 +168,13 @@ def stream_documents(source: str | os.PathLike, text_field: str = "text") -> Ite
         ValueError: as `read_documents`, when what is wrong is met.
     """
     path = Path(source)
-    if not _is_json_lines(path):
+    if is_fasta(path):
+        yield from (iter([sequence]) for _, sequence in read_fasta(path))
+    elif _suffix(path) == ".jsonl":
+        with _open_text(path) as file:
+            yield from (iter([text]) for text in _read_json_lines(path, file, text_field))
+    else:
         yield _blocks(path)
-        return
-    with _open_text(path) as file:
-        for text in _read_json_lines(path, file, text_field):
-            yield iter([text])
 
 
 def read_text(path: Path) -> str:
@@ -132,8 +193,6 @@ def _blocks(path: Path) -> Iterator[str]:
 
 
 def _read_file(path: Path, text_field: str) -> Iterator[str]:
-    if not _is_json_lines(path):
-        return iter([read_text(path)])
     return ("".join(document) for document in stream_documents(path, text_field))
 
 
@@ -158,6 +217,9 @@ def _read_folder(folder: Path, text_field: str) -> Iterator[str]:
     binary = 0
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         if path.stat().st_size == 0:
+            continue
+        if is_fasta(path):
+            yield from _read_file(path, text_field)
             continue
         try:
             text = read_text(path)

@@ -1,4 +1,4 @@
-"""Tokens and windows: the byte-level tokenizer, tokenized documents, packed training windows."""
+"""Tokens and windows: tokenizers of bytes and nucleotides, tokenized documents, packed training windows."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from titans.training.config import TextData
+from titans.training.nucleotides import NUCLEOTIDES, READ_AS, nucleotides
+from titans.training.text import expand, is_fasta
 
 Tokenizer = Any  # a PreTrainedTokenizerBase: the library's own types promise less than it returns
 
@@ -25,6 +29,25 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    return _with_special_tokens(tokenizer)
+
+
+def nucleotide_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a base: ids 0 to 4 are A, C, G, T, N, 5 ends (and begins) a sequence, 6 pads.
+
+    Letters are read as `nucleotides` reads them; `encoder` says which one it refuses, the tokenizer by itself only that
+    it has no token for it.
+    """
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({base: i for i, base in enumerate(NUCLEOTIDES)}))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(f"[{letters}]"), base) for base, letters in READ_AS.items()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return _with_special_tokens(tokenizer)
+
+
+def _with_special_tokens(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -35,14 +58,24 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+_OWN = {"bytes": byte_tokenizer, "nucleotide": nucleotide_tokenizer}
+
+
+def tokenizer_of(data: TextData) -> Tokenizer:
+    """What `data.tokenizer` names; by default nucleotides where the training text is a FASTA file, else bytes."""
+    if data.tokenizer is not None:
+        return load_tokenizer(expand(data.tokenizer))
+    return load_tokenizer("nucleotide" if data.train is not None and is_fasta(data.train) else "bytes")
+
+
 def load_tokenizer(name_or_path: str = "bytes") -> Tokenizer:
-    """The byte-level tokenizer ("bytes"), or that of a folder (tokenizer.json, or GPT-2's vocab.json and merges.txt).
+    """Our own ("bytes", "nucleotide"), or that of a folder (tokenizer.json, or GPT-2's vocab.json and merges.txt).
 
     Raises:
         ValueError: no tokenizer there, or one without an end-of-text token.
     """
-    if name_or_path == "bytes":
-        return byte_tokenizer()
+    if name_or_path in _OWN:
+        return _OWN[name_or_path]()
     try:
         if (Path(name_or_path) / "vocab.json").exists() and not (Path(name_or_path) / "tokenizer.json").exists():
             tokenizer: Tokenizer = GPT2Tokenizer.from_pretrained(name_or_path)
@@ -50,8 +83,8 @@ def load_tokenizer(name_or_path: str = "bytes") -> Tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:  # the library raises many types for "no tokenizer there"
         raise ValueError(
-            f"tokenizer={name_or_path!r} cannot be loaded ({error}); give 'bytes' or a folder with "
-            "tokenizer.json, or with vocab.json and merges.txt"
+            f"tokenizer={name_or_path!r} cannot be loaded ({error}); give 'bytes', 'nucleotide' or a folder "
+            "with tokenizer.json, or with vocab.json and merges.txt"
         ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer={name_or_path!r} has no end-of-text token; set its eos_token")
@@ -75,13 +108,20 @@ def encode(tokenizer: Tokenizer, documents: list[str]) -> list[np.ndarray]:
 
 
 def encoder(tokenizer: Tokenizer) -> Callable[[str], np.ndarray]:
-    """A function from a text to its token ids, uint16 or uint32 [tokens], without special tokens."""
+    """A function from a text to its token ids, uint16 or uint32 [tokens], without special tokens.
+
+    That of nucleotides raises ValueError at a letter that is none.
+    """
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     if is_bytes(tokenizer):
         # A table look-up: the tokenizer itself would take minutes for a shelf of books.
         vocabulary, letters = tokenizer.get_vocab(), bytes_to_unicode()
         table = np.array([vocabulary[letters[byte]] for byte in range(256)], dtype=dtype)
         return lambda text: table[np.frombuffer(text.encode(), np.uint8)]
+    if is_nucleotide(tokenizer):
+        vocabulary, bases = tokenizer.get_vocab(), np.zeros(128, dtype=dtype)
+        bases[list(NUCLEOTIDES.encode())] = [vocabulary[base] for base in NUCLEOTIDES]
+        return lambda text: bases[np.frombuffer(nucleotides(text).encode(), np.uint8)]
     plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     return lambda text: np.asarray(tokenizer(text, **plain)["input_ids"], dtype=dtype)
 
@@ -91,6 +131,17 @@ def is_bytes(tokenizer: Tokenizer) -> bool:
     vocabulary = tokenizer.get_vocab()
     letters = bytes_to_unicode().values()
     return len(vocabulary) - len(tokenizer.get_added_vocab()) == 256 and all(c in vocabulary for c in letters)
+
+
+def is_nucleotide(tokenizer: Tokenizer) -> bool:
+    """Whether the tokens of a text are A, C, G, T and N."""
+    return set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) == set(NUCLEOTIDES)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> torch.Tensor:
+    """The ids [1, tokens] of a prompt; of an empty one, the token that begins a text."""
+    ids = encoder(tokenizer)(prompt).astype(np.int64)
+    return torch.from_numpy(ids).unsqueeze(0) if len(ids) else torch.tensor([[tokenizer.bos_token_id]])
 
 
 def stream(tokenizer: Tokenizer, documents: Iterable[Iterable[str]], size: int) -> Iterator[np.ndarray]:
