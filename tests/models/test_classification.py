@@ -104,7 +104,7 @@ def test_takes_the_body_of_a_language_model(tmp_path):
 def test_learns_what_only_the_first_token_tells():
     """Two classes, 16 tokens of noise behind the one that decides; padded on the left to lengths of their own."""
     torch.manual_seed(0)
-    model = TitansForSequenceClassification(config("lmm", num_labels=2))
+    model = TitansForSequenceClassification(config("lmm", num_labels=2, num_hidden_layers=1))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
 
     def batch():

@@ -9,7 +9,7 @@ from titans.tasks import get_task
 from titans.training.compare import Experiment
 from titans.training.config import load_yaml, parse_config
 from titans.training.task import TaskData
-from titans.training.tokens import byte_tokenizer
+from titans.training.tokens import byte_tokenizer, nucleotide_tokenizer
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted((ROOT / "benchmarks").glob("*.yaml"))
@@ -20,8 +20,9 @@ RECIPES = sorted(path for path in (ROOT / "checkpoints").glob("*/*.yaml") if pat
 def test_experiments_are_valid_and_their_models_of_one_size(path):
     experiment = Experiment.from_dict(load_yaml(path))
     task = get_task(experiment.task)
-    series = SimpleNamespace(channels=7)  # all that a forecaster must know of them
-    data = TaskData(train=series, validation=None, tokenizer=byte_tokenizer())
+    known = SimpleNamespace(channels=7, classes=["0", "1"])  # all that a forecaster or classifier must know
+    tokenizer = nucleotide_tokenizer() if task.name == "dna" else byte_tokenizer()
+    data = TaskData(train=known, validation=None, tokenizer=tokenizer)
     counts = []
     for name in experiment.models:
         config = experiment.config(task, name, "count")

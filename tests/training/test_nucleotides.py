@@ -76,7 +76,7 @@ def test_fasta_records_are_documents(tmp_path, suffix):
     opener = {"fa": open, "gz": gzip.open, "xz": lzma.open}[suffix.rpartition(".")[2]]
     path = tmp_path / f"genome{suffix}"
     with opener(path, "wt") as file:
-        file.write(">chr1 the first\r\nacgt\r\nAC GU\r\n\r\n>\nNNRY\n")
+        file.write("\n>chr1 the first\r\nacgt\r\nAC GU\r\n\r\n>\nNNRY\n")
     assert list(read_fasta(path)) == [("chr1", "ACGTACGT"), ("record 2", "NNNN")]
     assert list(read_documents(path)) == ["ACGTACGT", "NNNN"]
     assert ["".join(blocks) for blocks in stream_documents(path)] == ["ACGTACGT", "NNNN"]
@@ -95,8 +95,8 @@ def test_the_tokenizer_follows_the_file():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"a\.fa holds no FASTA record; begin each with a line of `>`"),
-        ("ACGT\n", "holds no FASTA record"),
+        ("", r"a\.fa does not begin with a FASTA record; give it a line of `>` and a name"),
+        ("\nACGT\n>two\nACGT\n", "does not begin with a FASTA record"),
         (">one\nACGT\n>two\n>three\nA\n", r"a\.fa, record 'two' has no sequence; give it one or remove it"),
         (
             ">one\nACGT\n>two some words\nACGT\nMEEP\n",

@@ -160,7 +160,10 @@ def build_classifier(
     require(kind in CLASSIFIER_TYPES, "model.type", kind, nearest(kind, CLASSIFIER_TYPES))
     fields |= {"vocab_size": vocab_size, "bos_token_id": eos_token_id, "eos_token_id": eos_token_id,
                "pad_token_id": pad_token_id}  # fmt: skip
-    named: dict[str, Any] = {"id2label": dict(enumerate(classes))}
+    named: dict[str, Any] = {
+        "id2label": dict(enumerate(classes)),
+        "label2id": {label: number for number, label in enumerate(classes)},
+    }
     set_seed(seed)
     if kind == "titans":
         return TitansForSequenceClassification(TitansConfig(**fields, **named))

@@ -13,6 +13,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -109,22 +110,22 @@ def read_fasta(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
     """The name (the first word after `>`) and the sequence (A, C, G, T, N) of every record, one at a time.
 
     Raises:
-        ValueError: no record, one without a sequence, a letter that is no nucleotide.
+        ValueError: no record at the beginning, one without a sequence, a letter that is no nucleotide.
         ImportError: `biopython` is not installed.
     """
     try:
         from Bio.SeqIO.FastaIO import SimpleFastaParser  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("reading FASTA files needs `biopython`: pip install 'titans[dna]'") from error
-    name = None
     with _open_text(Path(path)) as file:
-        for number, (title, text) in enumerate(SimpleFastaParser(file), start=1):
+        first = next((line for line in file if line.strip()), "")
+        if not first.startswith(">"):  # the parser would pass over all before the first record
+            raise ValueError(f"{path} does not begin with a FASTA record; give it a line of `>` and a name")
+        for number, (title, text) in enumerate(SimpleFastaParser(chain([first], file)), start=1):
             name = next(iter(title.split()), f"record {number}")
             if not text:
                 raise ValueError(f"{path}, record {name!r} has no sequence; give it one or remove it")
             yield name, nucleotides(text, f"{path}, record {name!r}")
-    if name is None:
-        raise ValueError(f"{path} holds no FASTA record; begin each with a line of `>` and a name")
 
 
 def read_csv(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
@@ -137,17 +138,14 @@ def read_csv(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
     header, count = None, 0
     with _open_text(Path(path), newline="") as file:
         reader = csv.reader(_text(Path(path), line) for line in file)
-        try:
-            for cells in filter(None, reader):
-                header, count = header or cells, count + 1
-                if len(cells) != len(header):
-                    raise ValueError(
-                        f"{path}, line {reader.line_num} has {len(cells)} cells, its first line {len(header)}; "
-                        "give every line as many"
-                    )
-                yield reader.line_num, cells
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num} is not CSV ({error}); mend the line") from error
+        for cells in filter(None, reader):
+            header, count = header or cells, count + 1
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{path}, line {reader.line_num} has {len(cells)} cells, its first line {len(header)}; "
+                    "give every line as many"
+                )
+            yield reader.line_num, cells
     if header is None:
         raise ValueError(f"{path} is empty; give a CSV file with a line of names and lines below it")
     if count == 1:
