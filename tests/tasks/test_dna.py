@@ -19,7 +19,7 @@ from titans.training.config import parse_config
 from titans.training.models import build_model, load_run
 from titans.training.nucleotides import reverse_complement
 from titans.training.run import _load_weights, train
-from titans.training.sequences import FILES, LabelledSequences, Record, classes_of, read_records, read_split
+from titans.training.sequences import FILES, Record, classes_of, read_records, read_split
 from titans.training.tokens import nucleotide_tokenizer, special_ids
 
 TASK, TOKENIZER = get_task("dna"), nucleotide_tokenizer()
@@ -341,8 +341,3 @@ def test_bad_options_name_the_mend(tmp_path, capsys):
         parse_config(TASK, {"data": {"reverse_complment": True}})
     assert main(["train", "--task", "dna", "--data", "nowhere", "--output", str(tmp_path / "none")]) == 2
     assert "data.path='nowhere' is no folder" in capsys.readouterr().err
-
-
-def test_items_may_be_asked_for_by_number_alone():
-    items = LabelledSequences([Record("1", "ACG", "b"), Record("2", "T", "a")], ["a", "b"], TOKENIZER, False)
-    assert [items[i] for i in range(2)] == [{"input_ids": [0, 1, 2], "labels": 1}, {"input_ids": [3], "labels": 0}]

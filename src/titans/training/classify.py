@@ -36,7 +36,8 @@ def classify(
 ) -> int:
     """Writes a CSV file with a line for every record of a FASTA or CSV file; returns how many.
 
-    Its columns: id, the likeliest label, and for every class the probability `p_LABEL`.
+    Its columns: id, the likeliest label, and for every class the probability `p_LABEL`. The file may be of any size;
+    each record is read whole.
 
     Args:
         both_strands: as in `probabilities`.

@@ -103,7 +103,7 @@ def memorize(
 def _existing(file: str | os.PathLike) -> Path:
     path = Path(file)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; give text, .jsonl or FASTA files, also as .gz or .xz")
+        raise FileNotFoundError(f"{path} is no file; give text files, .jsonl or FASTA files, also as .gz or .xz")
     return path
 
 
