@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOut
 from titans.memory.pieces import align, check_mask, take
 from titans.models import TitansConfig, TitansForSequenceClassification
 from titans.models.classification import mean_of_tokens
+from titans.models.configuration import linear_start
 from titans.training.config import check_settings, nearest, refusals, require
 from titans.training.models import MODEL_TYPES, baseline_settings
 
@@ -31,6 +32,7 @@ class ConvolutionsConfig(PreTrainedConfig):
         hidden_size: width of the embedding and of every block.
         num_hidden_layers: blocks; each halves the length.
         kernel_size: tokens that a convolution sees.
+        initializer_range: standard deviation of embedding and convolutions at the start.
     """
 
     model_type = "convolutions"
@@ -39,6 +41,7 @@ class ConvolutionsConfig(PreTrainedConfig):
     hidden_size: int = 64
     num_hidden_layers: int = 3
     kernel_size: int = 8
+    initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
@@ -175,4 +178,6 @@ def build_classifier(
 def _encoder_settings(kind: str, fields: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     config_class, defaults = _ENCODERS[kind]
     check_settings(kind, fields, config_class.__dataclass_fields__)
-    return config_class, defaults | fields
+    fields = defaults | fields
+    width = fields.get("hidden_size", config_class.hidden_size)
+    return config_class, {"initializer_range": linear_start(width), **fields}
