@@ -19,9 +19,8 @@ from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOut
 from titans.memory.pieces import align, check_mask, take
 from titans.models import TitansConfig, TitansForSequenceClassification
 from titans.models.classification import mean_of_tokens
-from titans.models.configuration import linear_start
 from titans.training.config import check_settings, nearest, refusals, require
-from titans.training.models import MODEL_TYPES, baseline_settings
+from titans.training.models import MODEL_TYPES, baseline_config, started
 
 
 class ConvolutionsConfig(PreTrainedConfig):
@@ -170,14 +169,13 @@ def build_classifier(
     set_seed(seed)
     if kind == "titans":
         return TitansForSequenceClassification(TitansConfig(**fields, **named))
-    config_class, fields = _encoder_settings(kind, fields) if kind in _ENCODERS else baseline_settings(kind, fields)
-    with refusals(spec, config_class.__name__):
-        return BackboneForSequenceClassification(BackboneClassifierConfig(backbone=config_class(**fields), **named))
+    backbone = _encoder_config(kind, fields) if kind in _ENCODERS else baseline_config(kind, fields)
+    with refusals(spec, type(backbone).__name__):
+        return BackboneForSequenceClassification(BackboneClassifierConfig(backbone=backbone, **named))
 
 
-def _encoder_settings(kind: str, fields: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _encoder_config(kind: str, fields: dict[str, Any]) -> PreTrainedConfig:
     config_class, defaults = _ENCODERS[kind]
     check_settings(kind, fields, config_class.__dataclass_fields__)
-    fields = defaults | fields
-    width = fields.get("hidden_size", config_class.hidden_size)
-    return config_class, {"initializer_range": linear_start(width), **fields}
+    with refusals(fields, config_class.__name__):
+        return started(config_class(**defaults | fields), fields)

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTimeSeriesPrediction,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     set_seed,
 )
@@ -83,19 +84,28 @@ def build_model(
         return TitansForCausalLM(TitansConfig(**fields))
     if kind not in _BASELINES:
         raise ValueError(f"model.type={kind!r} is unknown; use {nearest(kind, MODEL_TYPES)}")
-    config_class, fields = baseline_settings(kind, fields)
+    config = baseline_config(kind, fields)
     module_name, _, model_name, _ = _BASELINES[kind]
     model_class = getattr(importlib.import_module(f"transformers.models.{module_name}"), model_name)
-    with refusals(spec, config_class.__name__):
-        return model_class(config_class(**fields))
+    with refusals(spec, type(config).__name__):
+        return model_class(config)
 
 
-def baseline_settings(kind: str, fields: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A baseline's configuration class and its checked settings, with our defaults beneath `fields`."""
+def baseline_config(kind: str, fields: dict[str, Any]) -> PreTrainedConfig:
+    """A baseline's configuration: `fields`, which are checked, and our defaults beneath them."""
     module_name, config_name, _, defaults = _BASELINES[kind]
     config_class = getattr(importlib.import_module(f"transformers.models.{module_name}"), config_name)
     check_settings(kind, fields, set(config_class.__annotations__) - {"layer_types"})
-    return config_class, _derived(kind, {"tie_word_embeddings": True, **defaults, **fields})
+    with refusals(fields, config_name):
+        config = config_class(**_derived(kind, {"tie_word_embeddings": True, **defaults, **fields}))
+    return config if kind == "mamba2" else started(config, fields)  # whose authors' start is wide at any width
+
+
+def started(config: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration with our start of linear maps, unless `fields` have one; the libraries' is for wide models."""
+    if "initializer_range" not in fields:
+        config.initializer_range = linear_start(config.hidden_size)
+    return config
 
 
 def _derived(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +113,6 @@ def _derived(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
     if kind == "mamba2":
         inner = fields["hidden_size"] * fields.get("expand", 2)
         return {"num_heads": inner // fields["head_dim"], **fields}
-    fields = {"initializer_range": linear_start(fields["hidden_size"]), **fields}  # as ours; 0.02 is for wide models
     if kind == "gated_delta_net":
         # Every layer linear; the library's cache of such a model cannot drive generate(), so it is off by default.
         return {"layer_types": ["linear_attention"] * fields["num_hidden_layers"], "use_cache": False, **fields}
