@@ -12,7 +12,7 @@ import torch
 
 from titans.cli import main
 from titans.forecasting import Table, forecast, read_table
-from titans.forecasting.backtest import backtest, naive_forecast
+from titans.forecasting.backtest import backtest, calibrated, naive_forecast
 from titans.forecasting.forecast import Plan
 from titans.training.models import load_run
 from titans.training.run import train
@@ -217,7 +217,7 @@ def test_the_backtest_against_a_loop(season):
     values = np.random.default_rng(0).standard_normal((40, 2)).cumsum(0)
     values[[5, 31, 32, 37], 1] = NAN
     table = Table(dated("2024-01-01", 40, "D", a=values[:, 0], b=values[:, 1]), pd.Timedelta(days=1))
-    errors = backtest(lambda past: past[:, -1:].repeat(4, 1) + 1, table, 30, 6, 4, season)
+    errors = backtest(lambda past: past[:, -1:, :, None].repeat(4, 1) + 1, table, 30, 6, 4, season, [0.5])
     for column, name in enumerate("ab"):
         model, naive = [], []
         for begin in range(30, 40 - 4 + 1):
@@ -230,6 +230,49 @@ def test_the_backtest_against_a_loop(season):
         scale = np.nanmean([abs(values[t, column] - values[t - season, column]) for t in range(season, 30)])
         expected = [np.mean(model), np.mean(naive), np.mean(model) / scale, np.mean(naive) / scale]
         np.testing.assert_allclose(errors.loc[name, ["MAE", "naive MAE", "MASE", "naive MASE"]], expected)
+
+
+def noise(rows, seed=0, missing=()):
+    values = np.random.default_rng(seed).standard_normal((rows, 2)) * [1, 10]
+    values[list(missing)] = NAN
+    return Table(dated("2024-01-01", rows, "D", a=values[:, 0], b=values[:, 1]), pd.Timedelta(days=1))
+
+
+def always(*forecasts):
+    """The same quantiles for every column and step, four steps ahead."""
+    return lambda past: np.broadcast_to(np.array(forecasts, dtype=float), (len(past), 4, 2, len(forecasts)))
+
+
+def test_coverage_counts_the_known_values_at_or_below_each_quantile():
+    table = noise(60, missing=(45, 46, 52))
+    errors = backtest(always(-1, 0, 2), table, 40, 5, 4, 3, [0.2, 0.5, 0.9])
+    for column in "ab":
+        truth = np.concatenate([table.values[column].to_numpy()[begin : begin + 4] for begin in range(40, 57)])
+        truth = truth[~np.isnan(truth)]
+        shares = [(truth <= at).mean() for at in (-1, 0, 2)]
+        names = ["below q0.2", "below q0.5", "below q0.9", "q0.2 to q0.9"]
+        np.testing.assert_allclose(errors.loc[column, names], [*shares, shares[2] - shares[0]])
+        assert errors.loc[column, "MAE"] == pytest.approx(np.abs(truth).mean())
+
+
+def test_calibrated_quantiles_cover_what_they_say():
+    """Of forecasts that are far too narrow and off the middle; the median, which is the forecast, is not moved."""
+    quantiles, table = [0.1, 0.5, 0.9], noise(3000, missing=range(1500, 1510))
+    narrow = always(0.3, 0.31, 0.32)
+    predict = calibrated(narrow, table, range(100, 1900), 5, 4, quantiles)
+    raw, mended = (backtest(p, table, 2000, 5, 4, 7, quantiles) for p in (narrow, predict))
+    assert (raw["q0.1 to q0.9"] < 0.1).all()
+    np.testing.assert_allclose(mended["below q0.1"], 0.1, atol=0.03)
+    np.testing.assert_allclose(mended["below q0.9"], 0.9, atol=0.03)
+    assert (predict(np.zeros((1, 5, 2)))[..., 1] == 0.31).all()
+    one = calibrated(always(0, 0, 0), noise(9), range(5, 6), 5, 4, [0.25, 0.5, 0.8])(np.zeros((1, 5, 2)))
+    known = np.sort(noise(9).values.to_numpy()[5:], 0)
+    lower, upper = known[0] + 0.25 * (known[1] - known[0]), known[3]  # the 1.25th and the fourth of four
+    assert (lower < 0).all() and upper[0] < 0 < upper[1]
+    np.testing.assert_allclose(one[0, 0], [[lower[0], 0, 0], [lower[1], 0, upper[1]]])  # never across the median
+    blank = Table(table.values.assign(a=NAN), table.step)
+    unknown = calibrated(lambda past: narrow(past[..., :2]), blank, range(100, 200), 5, 4, quantiles)
+    assert unknown(np.zeros((1, 5, 2)))[0, 0, 0].tolist() == [0.3, 0.31, 0.32]
 
 
 def test_the_naive_forecast_repeats_the_last_season():
@@ -331,6 +374,28 @@ def test_python_and_the_verdict():
     )
     result.errors["MAE"] = NAN
     assert "neither forecast can be judged" in result.verdict()
+
+
+def test_quantiles_end_to_end(tmp_path, capsys):
+    waves(rows=400).to_csv(tmp_path / "data.csv")
+    options = ["--horizon", 6, "--tokens", 3e4, "--quantiles", 0.1, 0.5, 0.9, "--plot", tmp_path / "out.png"]
+    assert command(tmp_path, tmp_path / "data.csv", *options) == 0
+    printed = capsys.readouterr().out
+    assert "| MASE | naive MASE | below q0.1 | below q0.5 | below q0.9 | q0.1 to q0.9 |" in printed
+    out = pd.read_csv(tmp_path / "out.csv", index_col=0)
+    assert list(out) == ["a", "a q0.1", "a q0.9", "b", "b q0.1", "b q0.9", "k", "k q0.1", "k q0.9"]
+    for name in "ab":
+        assert ((out[f"{name} q0.1"] <= out[name]) & (out[name] <= out[f"{name} q0.9"])).all()
+    assert (out[["k", "k q0.1", "k q0.9"]] == 7.5).all(axis=None)
+    assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bad_quantiles_name_the_mend():
+    with pytest.raises(ValueError, match=r"quantiles=\[0\.9, 0\.5\] is not valid; use numbers between 0 and 1"):
+        forecast(waves(), 6, quantiles=[0.9, 0.5])
+    frame = waves().rename(columns={"b": "a q0.1"})
+    with pytest.raises(ValueError, match=r"column='a q0\.1' is not valid; use another name: it is that of a quantile"):
+        forecast(frame, 6, quantiles=[0.1, 0.5])
 
 
 def test_columns_that_never_change_alone():

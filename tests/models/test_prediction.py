@@ -7,6 +7,7 @@ from transformers import AutoModelForTimeSeriesPrediction
 
 from titans.models import TitansForPrediction, TitansPredictionConfig
 from titans.models.configuration import VARIANTS
+from titans.models.prediction import pinball
 
 FORMS = [(variant, mixing) for variant in VARIANTS for mixing in (False, True)]
 forms = pytest.mark.parametrize(("variant", "mixing"), FORMS)
@@ -95,9 +96,38 @@ def test_tokens_are_the_patches_that_end_with_the_newest_row(mixing):
         assert_equal(model(x).prediction_outputs[1, :, i], expected)
 
 
+@pytest.mark.parametrize("mixing", [False, True])
+@torch.no_grad()
+def test_quantiles_ascend_and_the_median_is_the_forecast(mixing):
+    """Against the pinball loss by its definition, and the head's outputs in the order of the steps."""
+    model, x, truth = build(mixing=mixing, quantiles=[0.1, 0.5, 0.75]), series(), series(rows=7)
+    out = model(x, truth)
+    assert out.quantile_outputs.shape == (2, 7, 3, 3)
+    assert (out.quantile_outputs.diff(dim=-1) >= 0).all()
+    assert (model.outputs(x).diff(dim=-1) < 0).any(), "the head's own may cross"
+    assert_equal(out.prediction_outputs, out.quantile_outputs[..., 1])
+    losses = []
+    for k, q in enumerate((0.1, 0.5, 0.75)):
+        for forecast, value in zip(out.quantile_outputs[..., k].flatten(), truth.flatten(), strict=True):
+            losses.append(q * (value - forecast) if value > forecast else (1 - q) * (forecast - value))
+    assert_equal(out.loss, torch.stack(losses).mean())
+    assert_equal(model(x * 10 + 3).quantile_outputs, out.quantile_outputs * 10 + 3)
+    model.head.weight[3 * 2 + 1], model.head.bias[3 * 2 + 1] = 0, 0  # the second output of the third step
+    assert_equal(model.outputs(x)[:, 2, :, 1], x.mean(1))
+
+
+def test_the_pinball_loss_is_least_at_the_quantile():
+    values = torch.arange(1, 101, dtype=torch.float64)
+    for q in (0.1, 0.5, 0.9):
+        tried = torch.arange(0.5, 101)
+        losses = torch.stack([pinball(at.expand(100, 1), values, [q]).mean() for at in tried])
+        assert tried[losses.argmin()] == pytest.approx(100 * q + 0.5)
+
+
 @forms
-def test_every_parameter_gets_a_gradient(variant, mixing):
-    model = build(variant, mixing).train()
+@pytest.mark.parametrize("quantiles", [None, [0.2, 0.5]])
+def test_every_parameter_gets_a_gradient(variant, mixing, quantiles):
+    model = build(variant, mixing, quantiles=quantiles).train()
     model(series(), series(rows=7)).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
@@ -105,7 +135,7 @@ def test_every_parameter_gets_a_gradient(variant, mixing):
 @forms
 @torch.no_grad()
 def test_round_trip(variant, mixing, tmp_path):
-    model = build(variant, mixing).float()
+    model = build(variant, mixing, quantiles=[0.5, 0.9]).float()
     model.save_pretrained(tmp_path)
     for kind in (TitansForPrediction, AutoModelForTimeSeriesPrediction):
         loaded = kind.from_pretrained(tmp_path)
@@ -134,6 +164,12 @@ def test_bad_configurations_name_the_mend():
         ({"prediction_length": 0}, "prediction_length must be a positive integer, got 0"),
         ({"patch_length": 97}, "patch_length=97 is longer than context_length=96; shorten it"),
         ({"memory_gate": "write", "memory_write_price": 0.1}, r"memory_write_price=0\.1 is for language models"),
+        ({"quantiles": [0.1, 0.9]}, r"quantiles=\[0\.1, 0\.9\] is not valid; use .* 0\.5 among them"),
+        ({"quantiles": [0.5, 0.1]}, "ascending order"),
+        ({"quantiles": [0.5, 0.5]}, "ascending order"),
+        ({"quantiles": [0.5, 1.0]}, "between 0 and 1"),
+        ({"quantiles": ["0.1", 0.5]}, "between 0 and 1"),
+        ({"quantiles": []}, r"quantiles=\[\] is not valid"),
         ({"patch_lenght": 4}, "unknown key 'patch_lenght'.*did you mean 'patch_length'"),
         ({"hiden_size": 4}, "unknown key 'hiden_size'.*did you mean 'hidden_size'"),
         ({"variant": "mad"}, "variant must be one of"),

@@ -119,6 +119,26 @@ def test_metrics_against_a_loop_with_no_window_dropped(waves, batch_size):
     np.testing.assert_allclose(metrics["mae_by_channel"], np.abs(errors).mean((0, 1)), rtol=1e-5)
 
 
+def test_coverage_and_pinball_loss_against_a_loop(waves):
+    spec = {**SMALL["titans"], "quantiles": [0.25, 0.5, 0.9]}
+    model = build_forecaster(spec, context_length=8, prediction_length=5, num_input_channels=2).eval()
+    metrics = TASK.evaluate(model, None, TASK.data_class(path=str(waves), horizon=5), ForecastingEvaluation(7))
+    windows = load_windows(str(waves), 8, 5)["test"]
+    below, losses = [], []
+    for i in range(len(windows)):
+        with torch.no_grad():
+            made = model(torch.from_numpy(windows[i]["past_values"])[None]).quantile_outputs[0].numpy()
+        off = windows[i]["future_values"][..., None] - made
+        below.append(off <= 0)
+        losses.append(np.where(off > 0, [0.25, 0.5, 0.9], [-0.75, -0.5, -0.1]) * off)
+    np.testing.assert_allclose(metrics["coverage"], np.mean(below, (0, 1, 2)))
+    assert 0 < metrics["interval_coverage"] == pytest.approx(metrics["coverage"][2] - metrics["coverage"][0])
+    assert metrics["pinball"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert list(TASK.summary(metrics)) == ["MSE", "MAE", "pinball loss", "between 0.25 and 0.9"]
+    assert f"- 0.25: {metrics['coverage'][0]:.3f}" in TASK.report(metrics)
+    json.dumps(metrics)
+
+
 def test_linear_models_against_their_definitions():
     x = torch.randn(2, 30, 3)
     models = {
@@ -239,6 +259,8 @@ def test_bad_options_name_the_mend(waves, tmp_path, capsys):
     sizes = {"context_length": 24, "prediction_length": 6, "num_input_channels": 2}
     for spec, message in (
         ({"type": "patchts"}, r"model\.type='patchts' is not valid; use 'patchtst'"),
+        ({"quantiles": [0.1]}, r"quantiles=\[0\.1\] is not valid"),
+        ({"type": "dlinear", "quantiles": [0.5]}, r"model\.quantiles is no setting of 'dlinear'"),
         ({"hiden_size": 8}, r"model\.hiden_size is no setting of 'titans'; use 'hidden_size'"),
         ({"type": "dlinear", "kind": "nlinear"}, r"model\.kind is no setting of 'dlinear'"),
         ({"type": "dlinear", "moving_average": 4}, r"moving_average=4 is not valid; use an odd number"),

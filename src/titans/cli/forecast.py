@@ -8,6 +8,7 @@ from titans.training.config import ConfigParser, require
 EXAMPLES = """examples:
   titans forecast data.csv --horizon 96 -o forecast.csv
   titans forecast data.csv --target OT --horizon 96 -o forecast.csv --plot forecast.png
+  titans forecast data.csv --target OT --horizon 96 --quantiles 0.1 0.5 0.9 -o forecast.csv --plot forecast.png
   titans forecast sales.csv.gz --target shoes hats --horizon 12 -o next_year.csv --run runs/sales
 """
 
@@ -37,6 +38,12 @@ def main(arguments: list[str]) -> None:
         default=None,
         help="look-back rows of all windows seen in training; by default as many as take minutes at most",
     )
+    parser.add_argument(
+        "--quantiles",
+        type=list[float] | None,
+        default=None,
+        help="forecast these as well, in columns named as in 'OT q0.1'; ascending, 0.5 (the forecast) among them",
+    )
     parser.add_argument("--run", type=str | None, default=None, help="folder to keep the trained model in")
     options = parse(parser, arguments)
     for name in ("output", "plot"):
@@ -50,7 +57,7 @@ def main(arguments: list[str]) -> None:
 
     if options.plot:
         require(Path(options.plot).suffix in PICTURES, "plot", options.plot, f"a name in {', '.join(PICTURES)}")
-    choices = {name: options[name] for name in ("time_column", "season", "look_back", "tokens", "run")}
+    choices = {name: options[name] for name in ("time_column", "season", "look_back", "tokens", "quantiles", "run")}
     result = forecast(options.data, options.horizon, targets=options.target, **choices)
     write_atomically(Path(options.output), result.frame.to_csv())
     print(f"\n{result.report()}\n\n{options.output}: {len(result.frame)} rows from {result.frame.index[0]}")

@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from titans.forecasting.backtest import backtest
+from titans.forecasting.backtest import Predict, backtest, calibrated
 from titans.forecasting.grid import Table
-from titans.forecasting.result import Forecast
+from titans.forecasting.result import Forecast, quantile_column
 from titans.forecasting.table import read_table
+from titans.models.prediction import check_quantiles
 from titans.tasks.forecasting import Forecasting
 from titans.training.config import parse_config, require
 from titans.training.models import load_run
@@ -89,6 +90,7 @@ def forecast(
     season: int | None = None,
     look_back: int | None = None,
     tokens: float | None = None,
+    quantiles: Sequence[float] | None = None,
     run: str | os.PathLike | None = None,
     say: Callable[[str], None] = print,
     progress: bool = True,
@@ -105,7 +107,9 @@ def forecast(
         look_back: rows the model reads; by default ``Plan.of``.
         tokens: look-back rows of all windows seen in training; by default ten passes over the training windows, at
             least 300 steps, and at most 3e7 numbers, counting columns.
-        run: a folder that keeps the trained model; by default it is thrown away.
+        quantiles: forecast these as well, such as [0.1, 0.5, 0.9], ascending and 0.5 among them; a column's forecast is
+            then the median. They are calibrated on the rows that choose the checkpoint.
+        run: a folder that keeps the trained model; by default it is thrown away. Its quantiles are not calibrated.
         say: is told what was read and mended, before training.
         progress: show a progress bar.
 
@@ -117,21 +121,44 @@ def forecast(
     require(season is None or season > 0, "season", season, "a number of rows above 0")
     if run is not None and (Path(run) / "config.yaml").exists():
         raise ValueError(f"run={str(run)!r} holds a run already; use another folder")
+    if quantiles is not None:
+        check_quantiles(quantiles)
+    levels = list(quantiles or [0.5])
     table = read_table(source, targets, time_column)
+    _check_names(table, levels)
     plan = Plan.of(len(table.values), horizon, season or table.season, look_back)
     season = _season(table, plan.held_out, season)
     say("\n".join([table.summary, *(f"note: {note}" for note in table.notes)]))
-    known = table.filled.iloc[-1]
-    frame = pd.DataFrame([known] * horizon, index=table.stamps_after(horizon).rename(table.values.index.name))
     moving = table.values.columns[table.values.nunique() > 1]
-    if not len(moving):
-        return Forecast(frame, table, pd.DataFrame(), plan.held_out, plan.look_back, season)
-    part = Table(table.values[moving], table.step)
-    with tempfile.TemporaryDirectory() as temporary:
-        predict = _trained(part, plan, horizon, tokens, str(run or temporary), progress)
-    errors = backtest(predict, part, plan.held_out, plan.look_back, horizon, season)
-    frame[moving] = predict(part.past(len(part.values), plan.look_back)[None])[0]
-    return Forecast(frame, table, errors, plan.held_out, plan.look_back, season)
+    errors, last = pd.DataFrame(), table.filled.iloc[-1].to_numpy()
+    made = np.tile(last[:, None], (horizon, 1, len(levels)))
+    if len(moving):
+        part = Table(table.values[moving], table.step)
+        with tempfile.TemporaryDirectory() as temporary:
+            predict = _trained(part, plan, horizon, tokens, quantiles, str(run or temporary), progress)
+        if quantiles is not None:
+            begins = range(plan.train, plan.held_out - horizon + 1)
+            predict = calibrated(predict, part, begins, plan.look_back, horizon, levels)
+        errors = backtest(predict, part, plan.held_out, plan.look_back, horizon, season, levels)
+        made[:, table.values.columns.isin(moving)] = predict(part.past(len(part.values), plan.look_back)[None])[0]
+    frame = _frame(made, table, levels)
+    return Forecast(frame, table, errors, plan.held_out, plan.look_back, season, levels)
+
+
+def _check_names(table: Table, quantiles: list[float]) -> None:
+    names = [quantile_column(name, q) for name in table.values for q in quantiles]
+    for name in names:
+        require(names.count(name) == 1, "column", name, "another name: it is that of a quantile to be forecast")
+
+
+def _frame(made: np.ndarray, table: Table, quantiles: list[float]) -> pd.DataFrame:
+    """Of the quantiles [horizon, columns, Q] of each column: the median, by the column's own name, then the others."""
+    columns = {
+        quantile_column(name, q): made[:, i, k]
+        for i, name in enumerate(table.values.columns)
+        for k, q in sorted(enumerate(quantiles), key=lambda pair: pair[1] != 0.5)
+    }
+    return pd.DataFrame(columns, index=table.stamps_after(len(made)).rename(table.values.index.name))
 
 
 def _season(table: Table, held_out: int, season: int | None) -> int:
@@ -146,9 +173,15 @@ def _season(table: Table, held_out: int, season: int | None) -> int:
 
 
 def _trained(
-    table: Table, plan: Plan, horizon: int, tokens: float | None, folder: str, progress: bool
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Trains on the rows before the held-out ones; [B, look-back, columns] -> [B, horizon, columns], in own units."""
+    table: Table,
+    plan: Plan,
+    horizon: int,
+    tokens: float | None,
+    quantiles: Sequence[float] | None,
+    folder: str,
+    progress: bool,
+) -> Predict:
+    """Trains on the rows before the held-out ones; the forecasts are in the columns' own units."""
     rows = table.past(plan.held_out, plan.held_out)
     mean, deviation = rows[: plan.train].mean(0), rows[: plan.train].std(0)
     deviation = np.where(deviation > 0, deviation, 1)
@@ -158,13 +191,17 @@ def _trained(
         for part in (scaled[: plan.train], scaled[plan.train - plan.look_back :])
     ]
     task = _Windows(TaskData(*windows, tokenizer=None, labels="future_values"))
-    train(parse_config(task, _settings(windows, tokens, folder)), task, evaluate=False, progress=progress)
+    settings = _settings(windows, tokens, folder)
+    settings["model"]["quantiles"] = None if quantiles is None else list(quantiles)
+    train(parse_config(task, settings), task, evaluate=False, progress=progress)
     model, _ = load_run(folder)
 
     def predict(past: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(((past - mean) / deviation).astype(np.float32)).to(model.device)
         with torch.inference_mode():
-            return model(x).prediction_outputs.double().cpu().numpy() * deviation + mean
+            output = model(x)
+        made = output.prediction_outputs.unsqueeze(-1) if quantiles is None else output.quantile_outputs
+        return made.double().cpu().numpy() * deviation[:, None] + mean[:, None]
 
     return predict
 

@@ -15,17 +15,24 @@ from titans.forecasting.grid import Table
 PICTURES = (".png", ".pdf", ".svg")
 
 
+def quantile_column(name: str, quantile: float) -> str:
+    """The name of a column's forecast quantile, such as `OT q0.1`; the median has the column's own name."""
+    return name if quantile == 0.5 else f"{name} q{quantile:g}"
+
+
 @dataclass(frozen=True)
 class Forecast:
     """A forecast and how far to trust it.
 
     Attributes:
-        frame: [horizon, columns], the index holds the stamps.
+        frame: [horizon, columns], the index holds the stamps; where quantiles were asked for, each column is followed
+            by them, named as in ``quantile_column``.
         table: the series it goes on from.
         errors: of the back-test, as ``backtest`` gives them; without the columns that never change.
         held_out: the first row that training did not see.
         look_back: rows the model reads.
         season: rows that the naive forecast repeats.
+        quantiles: what was forecast; [0.5] where nothing else was asked for.
     """
 
     frame: pd.DataFrame
@@ -34,6 +41,7 @@ class Forecast:
     held_out: int
     look_back: int
     season: int
+    quantiles: list[float]
 
     @property
     def better(self) -> dict[str, list[str]]:
@@ -54,8 +62,8 @@ class Forecast:
             f"rows (from {stamps[self.held_out]}), which training never saw;",
             f"look-back {self.look_back}; the naive forecast repeats the last {self.season} rows.",
             "",
-            "| column | MAE | naive MAE | MASE | naive MASE |",
-            "|---|---:|---:|---:|---:|",
+            f"| column | {' | '.join(self.errors)} |",
+            "|---|" + "---:|" * len(self.errors.columns),
             *(
                 f"| {name} | {' | '.join('-' if math.isnan(x) else f'{x:.4g}' for x in row)} |"
                 for name, row in zip(self.errors.index, self.errors.to_numpy(), strict=True)
@@ -81,15 +89,19 @@ class Forecast:
         """A picture (.png, .pdf, .svg) of each column: its last rows (look-back or three horizons) and its forecast."""
         from matplotlib.figure import Figure
 
-        path, count = Path(path), len(self.frame.columns)
+        path, count = Path(path), len(self.table.values.columns)
         across = math.ceil(math.sqrt(count / 4))
         down = math.ceil(count / across)
         figure = Figure(figsize=(8 * across, 2.2 * down + 0.6), layout="constrained")
         axes = list(figure.subplots(down, across, squeeze=False, sharex=True).flat)
         last = self.table.values.tail(max(self.look_back, 3 * len(self.frame)))
-        for axis, column in zip(axes, self.frame.columns, strict=False):
+        low, high = self.quantiles[0], self.quantiles[-1]
+        for axis, column in zip(axes, last, strict=False):
             axis.plot(last.index, last[column], label="known")
             axis.plot(self.frame.index, self.frame[column], label="forecast")
+            if low < high:
+                band = (self.frame[quantile_column(column, q)] for q in (low, high))
+                axis.fill_between(self.frame.index, *band, color="C1", alpha=0.25, lw=0, label=f"{low:g} to {high:g}")
             axis.set_title(column, fontsize="small")
             axis.grid(alpha=0.3)
         axes[0].legend(fontsize="small")

@@ -1,7 +1,9 @@
 """Titans as a forecaster: normalise, patches as tokens, blocks, head, undo the normalisation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForTimeSeriesPrediction
@@ -9,6 +11,26 @@ from transformers.utils.generic import ModelOutput
 
 from titans.models.causal_lm import TitansModel, TitansPreTrainedModel
 from titans.models.configuration import TitansConfig
+
+
+def check_quantiles(quantiles: Sequence[float]) -> None:
+    """Raises ValueError unless they are numbers between 0 and 1 in ascending order, 0.5 among them."""
+    ascending = all(isinstance(q, float) and 0 < q < 1 for q in quantiles) and list(quantiles) == sorted(set(quantiles))
+    if not ascending or 0.5 not in quantiles:
+        raise ValueError(
+            f"quantiles={quantiles!r} is not valid; use numbers between 0 and 1 in ascending order, 0.5 among them, "
+            "such as [0.1, 0.5, 0.9]"
+        )
+
+
+def pinball(forecasts: Tensor, truth: Tensor, quantiles: Sequence[float]) -> Tensor:
+    """The pinball loss (Koenker and Bassett 1978) of forecasts [..., Q] of each quantile, truth [...] -> [..., Q].
+
+    Q times what lies above the forecast, 1 - Q times what lies below it: least, on average, at the quantile.
+    """
+    above = truth.unsqueeze(-1) - forecasts
+    levels = forecasts.new_tensor(quantiles)
+    return torch.maximum(levels * above, (levels - 1) * above)
 
 
 class TitansPredictionConfig(TitansConfig):
@@ -23,6 +45,8 @@ class TitansPredictionConfig(TitansConfig):
         patch_length: rows of a patch; a patch is a token.
         patch_stride: rows from one patch to the next.
         channel_mixing: a token holds the patches of all channels; otherwise every channel is read by itself.
+        quantiles: what is forecast of every number to come, such as ``[0.1, 0.5, 0.9]``: ascending, between 0 and 1,
+            0.5 among them. None: one number, trained by its squared error.
 
     Raises:
         ValueError: as ``TitansConfig``.
@@ -36,6 +60,7 @@ class TitansPredictionConfig(TitansConfig):
     patch_length: int = 16
     patch_stride: int = 8
     channel_mixing: bool = False
+    quantiles: list[float] | None = None
 
     @property
     def num_patches(self) -> int:
@@ -52,14 +77,24 @@ class TitansPredictionConfig(TitansConfig):
             )
         if self.memory_write_price:
             raise ValueError(f"memory_write_price={self.memory_write_price} is for language models; leave it at 0")
+        if self.quantiles is not None:
+            check_quantiles(self.quantiles)
 
 
 @dataclass
 class TitansForPredictionOutput(ModelOutput):
-    """``prediction_outputs`` [B, horizon, channels], and ``loss``, their mean squared error, if it can be known."""
+    """A forecast.
+
+    Attributes:
+        loss: where the truth is known, the mean squared error of ``prediction_outputs``; with ``config.quantiles`` the
+            mean pinball loss of ``quantile_outputs``.
+        prediction_outputs: [B, horizon, channels]; with quantiles, the median.
+        quantile_outputs: [B, horizon, channels, Q], ascending; None without quantiles.
+    """
 
     loss: Tensor | None = None
     prediction_outputs: Tensor | None = None
+    quantile_outputs: Tensor | None = None
 
 
 class TitansForPrediction(TitansPreTrainedModel):
@@ -72,24 +107,29 @@ class TitansForPrediction(TitansPreTrainedModel):
 
     Channels are rows of the batch, or with ``config.channel_mixing`` share the tokens, as in Simba (arXiv 2403.15360),
     in which the paper puts the memory in place of Mamba.
+
+    Args:
+        config: sizes.
+        outputs_per_step: numbers forecast of every number to come; by default one, or one a quantile.
     """
 
     config_class = TitansPredictionConfig
     main_input_name = "past_values"
 
-    def __init__(self, config: TitansPredictionConfig):
+    def __init__(self, config: TitansPredictionConfig, outputs_per_step: int | None = None):
         super().__init__(config)
         self.config: TitansPredictionConfig = config
+        outputs = outputs_per_step or len(config.quantiles or [0.5])
         width = config.patch_length * (config.num_input_channels if config.channel_mixing else 1)
         self.in_proj = nn.Linear(width, config.hidden_size)
         self.model = TitansModel(config)
         self.model.embed_tokens = None  # type: ignore[assignment]  # patches come as inputs_embeds
         self.out_proj = nn.Linear(config.hidden_size, width)
-        self.head = nn.Linear(config.num_patches * config.patch_length, config.prediction_length)
+        self.head = nn.Linear(config.num_patches * config.patch_length, config.prediction_length * outputs)
         self.post_init()
 
     def forward(self, past_values: Tensor, future_values: Tensor | None = None) -> TitansForPredictionOutput:
-        """Forecasts, and the mean squared error if the truth is given.
+        """Forecasts, and the loss if the truth is given.
 
         Args:
             past_values: [B, look-back, channels].
@@ -98,22 +138,35 @@ class TitansForPrediction(TitansPreTrainedModel):
         Raises:
             ValueError: other sizes than the configuration's, NaN or infinity in ``past_values``.
         """
+        outputs, quantiles, loss = self.outputs(past_values), self.config.quantiles, None
+        if quantiles is None:
+            forecast = outputs.squeeze(-1)
+            if future_values is not None:
+                loss = F.mse_loss(forecast, future_values)
+            return TitansForPredictionOutput(loss=loss, prediction_outputs=forecast)
+        outputs = outputs.sort(-1).values  # quantiles do not cross
+        if future_values is not None:
+            loss = pinball(outputs, future_values, quantiles).mean()
+        median = outputs[..., quantiles.index(0.5)]
+        return TitansForPredictionOutput(loss=loss, prediction_outputs=median, quantile_outputs=outputs)
+
+    def outputs(self, past_values: Tensor) -> Tensor:
+        """What the head gives, in the series' own units and any order: [B, horizon, channels, outputs per step]."""
         self._check_values(past_values)
         mean, scale = past_values.mean(1, keepdim=True), past_values.std(1, keepdim=True, unbiased=False)
         scale = scale.where(scale > 0, 1)  # a channel that does not move
-        forecast = self._forecast((past_values - mean) / scale) * scale + mean
-        loss = None if future_values is None else F.mse_loss(forecast, future_values)
-        return TitansForPredictionOutput(loss=loss, prediction_outputs=forecast)
+        return self._forecast((past_values - mean) / scale) * scale.unsqueeze(-1) + mean.unsqueeze(-1)
 
     def _forecast(self, x: Tensor) -> Tensor:
-        """Normalised rows [B, look-back, channels] -> [B, horizon, channels]."""
+        """Normalised rows [B, look-back, channels] -> [B, horizon, channels, outputs per step]."""
         P, S, mixing = self.config.patch_length, self.config.patch_stride, self.config.channel_mixing
         patches = x[:, (x.shape[1] - P) % S :].unfold(1, P, S)  # [B, N, channels, P]
         tokens = patches.flatten(2) if mixing else patches.transpose(1, 2).flatten(0, 1)
         hidden = self.model(inputs_embeds=self.in_proj(tokens), use_cache=False).last_hidden_state
         tokens = tokens + self.out_proj(hidden)
         patches = tokens.unflatten(2, (-1, P)).transpose(1, 2) if mixing else tokens.unflatten(0, (len(x), -1))
-        return self.head(patches.flatten(2)).transpose(1, 2)  # from [B, channels, N, P]
+        outputs = self.head(patches.flatten(2))  # from [B, channels, N, P]
+        return outputs.unflatten(2, (self.config.prediction_length, -1)).transpose(1, 2)
 
     def _check_values(self, x: Tensor) -> None:
         expected = (self.config.context_length, self.config.num_input_channels)

@@ -4,6 +4,7 @@ The model reads `training.length` rows, the look-back, and forecasts the next `d
 Splits, scaling and windows: `titans.training.series`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from titans.training.series import SeriesWindows, load_windows
 from titans.training.task import TaskData
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -92,7 +94,8 @@ class Forecasting:
         test = load_windows(data.path, known.context_length, horizon)["test"]
         same = test.channels == channels
         require(same, f"channels of {data.path}", test.channels, f"a file with the model's {channels}")
-        squared, absolute = _errors(model, test, evaluation.batch_size)
+        means = _means(model, test, evaluation.batch_size)
+        squared, absolute = means["squared"], means["absolute"]
         return {
             "look_back": known.context_length,
             "horizon": horizon,
@@ -104,10 +107,14 @@ class Forecasting:
             "mae_by_step": absolute.mean(1).tolist(),
             "mse_by_channel": squared.mean(0).tolist(),
             "mae_by_channel": absolute.mean(0).tolist(),
+            **(_of_quantiles(known.quantiles, means) if "pinball" in means else {}),
         }
 
     def summary(self, metrics: dict[str, Any]) -> dict[str, float]:
-        return {"MSE": metrics["mse"], "MAE": metrics["mae"]}
+        columns = {"MSE": metrics["mse"], "MAE": metrics["mae"]}
+        if "pinball" in metrics:
+            columns |= {"pinball loss": metrics["pinball"], _interval(metrics): metrics["interval_coverage"]}
+        return columns
 
     def report(self, metrics: dict[str, Any]) -> str:
         m, last = metrics, metrics["horizon"]
@@ -120,6 +127,13 @@ class Forecasting:
         ]
         for step in sorted({1, max(1, last // 4), max(1, last // 2), last}):
             lines.append(f"| step {step} | {m['mse_by_step'][step - 1]:.4f} | {m['mae_by_step'][step - 1]:.4f} |")
+        if "pinball" in m:
+            lines += [
+                "",
+                f"Quantiles: mean pinball loss {m['pinball']:.4f}; {_interval(m)}: {m['interval_coverage']:.3f} of the "
+                "values; at or below",
+                *(f"- {q:g}: {share:.3f}" for q, share in zip(m["quantiles"], m["coverage"], strict=True)),
+            ]
         return "\n".join(lines)
 
     def plot(self, metrics: dict[str, dict[str, Any]], path: Path) -> None:
@@ -137,16 +151,52 @@ class Forecasting:
 task = Forecasting()
 
 
-def _errors(model: "PreTrainedModel", windows: SeriesWindows, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Squared and absolute errors, mean over all windows, float64 [horizon, channels] each."""
+def _means(model: "PreTrainedModel", windows: SeriesWindows, batch_size: int) -> "dict[str, Tensor]":
+    """Means over all windows, float64: `squared` and `absolute` errors [horizon, channels].
+
+    Of a model that forecasts quantiles also [horizon, channels, Q]: `below`, the share of truths at or below each, and
+    `pinball`, their loss.
+    """
+    from titans.models.prediction import pinball
+
+    totals: dict[str, Tensor] = {}
+    for forecast, quantiles, truth in _forecasts(model, windows, batch_size):
+        error = forecast - truth
+        measured = {"squared": error**2, "absolute": error.abs()}
+        if quantiles is not None:
+            measured["below"] = (truth.unsqueeze(-1) <= quantiles).double()
+            measured["pinball"] = pinball(quantiles, truth, model.config.quantiles)
+        for name, values in measured.items():
+            totals[name] = totals.get(name, 0) + values.sum(0)
+    return {name: total / len(windows) for name, total in totals.items()}
+
+
+def _forecasts(
+    model: "PreTrainedModel", windows: SeriesWindows, batch_size: int
+) -> "Iterator[tuple[Tensor, Tensor | None, Tensor]]":
+    """Batches of forecasts, of quantiles where the model has them, and of the truth; float64, on the CPU."""
     import torch
 
-    squared = absolute = np.zeros(1)
     for begin in range(0, len(windows), batch_size):
         batch = [windows[index] for index in range(begin, min(begin + batch_size, len(windows)))]
-        past, truth = (np.stack([window[name] for window in batch]) for name in ("past_values", "future_values"))
+        past, truth = (
+            torch.from_numpy(np.stack([window[name] for window in batch])) for name in ("past_values", "future_values")
+        )
         with torch.inference_mode():
-            forecast = model(past_values=torch.from_numpy(past).to(model.device)).prediction_outputs.cpu().numpy()
-        error = forecast.astype(np.float64) - truth
-        squared, absolute = squared + (error**2).sum(0), absolute + np.abs(error).sum(0)
-    return squared / len(windows), absolute / len(windows)
+            output = model(past_values=past.to(model.device))
+        quantiles = getattr(output, "quantile_outputs", None)
+        yield output.prediction_outputs.cpu().double(), None if quantiles is None else quantiles.cpu().double(), truth
+
+
+def _of_quantiles(quantiles: list[float], means: "dict[str, Tensor]") -> dict[str, Any]:
+    coverage = means["below"].mean((0, 1)).tolist()
+    return {
+        "quantiles": quantiles,
+        "coverage": coverage,
+        "interval_coverage": coverage[-1] - coverage[0],
+        "pinball": float(means["pinball"].mean()),
+    }
+
+
+def _interval(metrics: dict[str, Any]) -> str:
+    return f"between {metrics['quantiles'][0]:g} and {metrics['quantiles'][-1]:g}"
