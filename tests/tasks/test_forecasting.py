@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from titans.cli import main
 from titans.tasks import get_task
+from titans.tasks._forecasting import MODELS, dataset_experiment
 from titans.tasks.forecasting import ForecastingEvaluation
 from titans.training.compare import Experiment, compare
 from titans.training.config import parse_config
@@ -198,6 +200,51 @@ def test_compare(waves, tmp_path):
     assert [len(entry["runs"]) for entry in results["models"].values()] == [1, 1]
     assert "| MSE | MAE |" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "horizon.png").exists()
+
+
+def test_a_dataset_by_its_name(tmp_path, capsys):
+    """Every horizon, tuned, in one command; the protocol's numbers."""
+    write(tmp_path / "national_illness.csv", walk(400, 2))
+    data = ["--dataset", "ILI", "--data", str(tmp_path / "national_illness.csv")]
+    options = ["--horizons", "2", "4", "--seeds", "1", "--windows", "128", "--models", "dlinear"]
+    places = ["--output", str(tmp_path / "out"), "--json", str(tmp_path / "out.json")]
+    assert main(["eval", "forecasting", *data, *options, *places]) == 0
+    assert "| model | MSE, mean | MAE, mean | MSE, horizon=2 |" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert set(results["means"]) == {"dlinear"}
+    assert list(results["variants"]) == ["horizon=2", "horizon=4"]
+    run = results["variants"]["horizon=4"]["models"]["dlinear"]["runs"][0]
+    assert (run["tokens"], run["metrics"]["look_back"], run["metrics"]["windows"]) == (128 * 36, 36, 80 - 4 + 1)
+
+
+def test_the_protocol_of_the_datasets():
+    for name, look_back, horizons in (("ETTh2", 96, [96, 192, 336, 720]), ("ILI", 36, [24, 36, 48, 60])):
+        values = dataset_experiment(name, f"{name}.csv", "out", models=list(MODELS))
+        assert values["vary"] == {"data.horizon": horizons}
+        assert values["training"]["tokens"] == 80_000 * look_back
+        for variant in Experiment.from_dict(values).variants().values():
+            for model in variant.models:
+                config = variant.config(TASK, model, "count")
+                assert config.training.steps == 2500
+                TASK.build_model(config, SimpleNamespace(train=SimpleNamespace(channels=7)))
+
+
+def test_datasets_that_are_wrong_name_the_mend(capsys):
+    for change, message in (
+        ({"dataset": "ETTh3"}, "dataset='ETTh3' is not valid; use 'ETTh"),
+        ({"models": ["dlineer"]}, "models='dlineer' is not valid; use 'dlinear'"),
+        ({"seeds": 0}, "seeds=0 is not valid"),
+        ({"windows": 0}, "windows=0 is not valid"),
+        ({"dataset": "ETTh1", "path": "x/ETTm1.csv"}, r"use a file of ETTh1; by its name this is ETTm1, and split as"),
+        ({"dataset": "ETTh1", "path": "hours.csv"}, "by its name this is a data set without 'ETT'"),
+        ({"dataset": "ILI", "path": "ETTh1.csv"}, "use a file of ILI; by its name this is ETTh1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataset_experiment(**{"dataset": "ILI", "path": "a.csv", "output": "out", **change})
+    assert main(["eval", "forecasting", "--dataset", "ILI"]) == 2
+    assert "data" in capsys.readouterr().err
+    assert main(["eval", "forecasting", "--dataset", "ILI", "--data", "nowhere.csv"]) == 2
+    assert "data.path='nowhere.csv' does not exist" in capsys.readouterr().err
 
 
 def test_validation_loss_is_the_mean_over_its_windows(waves, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +79,50 @@ def test_models_shared_by_two_processes(values):
         compare(experiment, TASK, only=["lama"])
 
 
+def test_a_varied_setting(values, tmp_path, monkeypatch):
+    """Each value is a comparison of its own; the mean is over the values, for the seeds that all of them have."""
+    train, trained = module.train, []
+
+    def spy(config, *args, **kwargs):
+        trained.append((Path(config.output).parent.parent.name, config.training.length, config.training.seed))
+        return train(config, *args, progress=False, **kwargs)
+
+    monkeypatch.setattr(module, "train", spy)
+    del values["models"]["llama"]
+    values |= {"tuning": None, "vary": {"training.length": [16, 32]}}
+    results = compare(Experiment.from_dict(values), TASK, say=lambda text: None)
+    assert trained == [(f"length-{n}", n, seed) for n in (16, 32) for seed in (0, 1)]
+    bits = [
+        [TASK.summary(run["metrics"])["bits per byte @ 32"] for run in variant["models"]["sliding"]["runs"]]
+        for variant in results["variants"].values()
+    ]
+    means = results["means"]["sliding"]
+    assert means["bits per byte @ 32, mean"] == [pytest.approx((a + b) / 2) for a, b in zip(*bits, strict=True)]
+    assert [means[f"bits per byte @ 32, length={n}"] for n in (16, 32)] == bits
+    out = tmp_path / "out"
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert (out / "table.md").read_text().startswith("| model | bits per byte @ 32, mean |")
+    assert (out / "length-16" / "results.json").exists()
+    compare(Experiment.from_dict(values), TASK, say=lambda text: None)
+    assert len(trained) == 4
+
+
+def test_a_varied_setting_is_like_that_setting(values):
+    """The runs have the same names, so that nothing is trained twice."""
+    variant = Experiment.from_dict(values | {"vary": {"training.tokens": [2048]}}).variants()["tokens=2048"]
+    values["training"]["tokens"] = 2048
+    plain = Experiment.from_dict(values)
+    configs = [experiment.config(TASK, "llama", "seed0", seed=0) for experiment in (plain, variant)]
+    assert Path(configs[0].output).name == Path(configs[1].output).name
+    assert configs[0].training == configs[1].training
+
+
+def test_any_sizes_may_be_allowed(values):
+    values["models"]["llama"]["model"]["hidden_size"] = 32
+    values["parameter_tolerance"] = None
+    module._equal_parameters(Experiment.from_dict(values), TASK)
+
+
 def test_every_rate_diverging_is_an_error_and_one_is_not(values, monkeypatch):
     def diverging(config, task, **kwargs):
         raise FloatingPointError("the loss is nan")
@@ -93,6 +138,9 @@ def test_bad_keys(values):
         ({"models": {}}, "models"),
         ({"models": {"a": {"seeds": [0]}}}, r"models\.a"),
         ({"tuning": {"learning_rate": [1e-3]}}, "tuning"),
+        ({"vary": {"training.length": []}}, r"vary=.* use one setting and a list, as in \{data\.horizon"),
+        ({"vary": {"training.length": [16], "training.seed": [1]}}, "use one setting and a list"),
+        ({"vary": {"length": [16]}}, "use one setting and a list"),
     ):
         with pytest.raises(ValueError, match=message):
             Experiment.from_dict(values | change)

@@ -15,6 +15,7 @@ EXAMPLES = """examples:
   titans eval needle runs/mine --task niah_single_2 --data books.jsonl.xz --lengths 2048 16384 --samples 100
   titans eval forecasting runs/etth1 --json result.json
   titans eval dna runs/tata
+  titans eval forecasting --dataset ETTh1 --data ETTh1.csv      trains and tests on each horizon; see its --help
 """
 
 
@@ -25,6 +26,11 @@ def main(arguments: list[str]) -> None:
         from titans.cli.harness import main as harness
 
         harness(arguments[1:])
+        return
+    if arguments[:1] == ["forecasting"] and any(word.startswith("--dataset") for word in arguments):
+        from titans.cli.dataset import main as dataset
+
+        dataset(arguments[1:])
         return
     named = bool(arguments) and not arguments[0].startswith("-")
     task = get_task(arguments.pop(0) if named else "language")

@@ -7,7 +7,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ class Experiment:
         seeds: of every model that names none of its own.
         tuning: `{"learning_rate": [..], "tokens": N}`: each model tries each rate with its first seed on a short run of
             its own, and keeps the one with the lowest validation loss. None: `training.learning_rate` for all.
-        parameter_tolerance: models whose parameter counts differ by more than this fraction are refused.
+        parameter_tolerance: models whose parameter counts differ by more than this fraction are refused. None: none is.
+        vary: one setting of `data`, `evaluation` or `training` and its values, as in `{"data.horizon": [96, 192]}`: the
+            whole comparison, tuning included, is made for each value, and the mean over them reported.
     """
 
     task: str
@@ -41,7 +43,8 @@ class Experiment:
     training: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])
     tuning: dict[str, Any] | None = None
-    parameter_tolerance: float = 0.03
+    parameter_tolerance: float | None = 0.03
+    vary: dict[str, list[Any]] | None = None
 
     def __post_init__(self):
         require(bool(self.models), "models", self.models, "a mapping from a model's name to its settings")
@@ -51,6 +54,10 @@ class Experiment:
         if self.tuning is not None:
             valid = set(self.tuning) == {"learning_rate", "tokens"}
             require(valid, "tuning", self.tuning, "the keys 'learning_rate' (a list) and 'tokens'")
+        if self.vary is not None:
+            one = len(self.vary) == 1 and all(isinstance(values, list) and values for values in self.vary.values())
+            known = all(key.partition(".")[0] in ("data", "evaluation", "training") for key in self.vary)
+            require(one and known, "vary", self.vary, "one setting and a list, as in {data.horizon: [96, 192]}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Experiment":
@@ -60,6 +67,18 @@ class Experiment:
         missing = {"task", "output", "models"} - set(values)
         require(not missing, "experiment", sorted(values), f"these keys as well: {', '.join(sorted(missing))}")
         return cls(**values)
+
+    def variants(self) -> "dict[str, Experiment]":
+        """The experiment for each value of `vary`, in a folder of its own, by a label such as `horizon=96`."""
+        ((setting, values),) = (self.vary or {}).items()
+        part, _, name = setting.partition(".")
+        return {
+            f"{name}={value}": replace(
+                self, vary=None, output=str(Path(self.output) / f"{name}-{value}"),
+                **{part: getattr(self, part) | {name: value}},
+            )
+            for value in values
+        }  # fmt: skip
 
     def seeds_of(self, name: str) -> list[int]:
         return self.models[name].get("seeds", self.seeds)
@@ -105,7 +124,8 @@ def compare(
 ) -> dict[str, Any]:
     """Runs what is not yet done, one run after the other; rewrites the results after each.
 
-    In `experiment.output`: `results.json`, `table.md`, a picture, and the runs' folders below `runs/`.
+    In `experiment.output`: `results.json`, `table.md`, a picture, and the runs' folders below `runs/`. Where a setting
+    is varied, each value has such a folder below it; the two files then come last, when all values are done.
 
     Args:
         only: train these models alone (another process may train the others); the results hold all that is done.
@@ -119,6 +139,8 @@ def compare(
     for name in only or ():
         if name not in experiment.models:
             raise ValueError(f"models={name!r} is not in the experiment; use {nearest(name, experiment.models)}")
+    if experiment.vary is not None:
+        return _compare_variants(experiment, task, only, say)
     parameters = _equal_parameters(experiment, task)
     rounds = max(len(experiment.seeds_of(name)) for name in experiment.models)
     for index in range(rounds):
@@ -129,9 +151,43 @@ def compare(
                 _run(config, task, say, evaluate=False)
             _run(experiment.final(task, name, experiment.seeds_of(name)[index]), task, say, evaluate=True)
             results = _collect(experiment, task, parameters)
-            _write(experiment, task, results)
+            _write(experiment, results, table(results, task))
+            first = {name: entry["runs"][0]["metrics"] for name, entry in results["models"].items() if entry["runs"]}
+            task.plot(first, Path(experiment.output) / task.picture)
             say(table(results, task))
     return results
+
+
+def _compare_variants(
+    experiment: Experiment, task: Task, only: Sequence[str] | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The comparison for each value, and for each model and column the mean over the values."""
+    variants = {}
+    for label, variant in experiment.variants().items():
+        say(f"## {label}")
+        variants[label] = compare(variant, task, only, say)
+    means = {name: _over_variants(name, variants, task) for name in experiment.models}
+    results = {**_head(experiment), "means": {name: m for name, m in means.items() if m}, "variants": variants}
+    text = _markdown(results["means"], {}, task)
+    _write(experiment, results, text)
+    say(f"## {', '.join(variants)}\n{text}")
+    return results
+
+
+def _over_variants(name: str, variants: dict[str, dict[str, Any]], task: Task) -> dict[str, list[float]]:
+    """A model's columns, over the seeds that are done for all values: means over the values, then each value's."""
+    by_label = {
+        label: {run["seed"]: task.summary(run["metrics"]) for run in results["models"][name]["runs"]}
+        for label, results in variants.items()
+    }
+    seeds = [seed for seed in next(iter(by_label.values())) if all(seed in runs for runs in by_label.values())]
+    rows: list[dict[str, float]] = []
+    for seed in seeds:
+        summaries = {label: runs[seed] for label, runs in by_label.items()}
+        shared = [column for column in next(iter(summaries.values())) if all(column in s for s in summaries.values())]
+        means = {f"{column}, mean": statistics.mean(s[column] for s in summaries.values()) for column in shared}
+        rows.append(means | {f"{column}, {label}": s[column] for label, s in summaries.items() for column in s})
+    return _columns(rows)
 
 
 def _collect(experiment: Experiment, task: Task, parameters: dict[str, int]) -> dict[str, Any]:
@@ -151,11 +207,14 @@ def _collect(experiment: Experiment, task: Task, parameters: dict[str, int]) -> 
             config = experiment.final(task, name, seed)
             if (result := _result(config)) is not None:
                 entry["runs"].append({"seed": seed, "folder": config.output, **result})
+    return {**_head(experiment), "models": models}
+
+
+def _head(experiment: Experiment) -> dict[str, Any]:
     return {
         "provenance": provenance(),
         "command": " ".join(["titans", *sys.argv[1:]]),
         "experiment": experiment.__dict__,
-        "models": models,
     }
 
 
@@ -166,7 +225,7 @@ def _equal_parameters(experiment: Experiment, task: Task) -> dict[str, int]:
         data = data or task.load(config)
         counts[name] = task.build_model(config, data).num_parameters()
     smallest, largest = min(counts.values()), max(counts.values())
-    if largest > smallest * (1 + experiment.parameter_tolerance):
+    if experiment.parameter_tolerance is not None and largest > smallest * (1 + experiment.parameter_tolerance):
         listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         raise ValueError(
             f"parameter_tolerance={experiment.parameter_tolerance}: the models differ by "
@@ -200,36 +259,46 @@ def _run(config: TrainConfig, task: Task, say: Callable[[str], None], evaluate: 
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a finished run needs them no more
 
 
-def _write(experiment: Experiment, task: Task, results: dict[str, Any]) -> None:
+def _write(experiment: Experiment, results: dict[str, Any], text: str) -> None:
     folder = Path(experiment.output)
     write_atomically(folder / "results.json", json.dumps(results, indent=1))
-    write_atomically(folder / "table.md", table(results, task) + "\n")
-    metrics = {name: entry["runs"][0]["metrics"] for name, entry in results["models"].items() if entry["runs"]}
-    task.plot(metrics, folder / task.picture)
+    write_atomically(folder / "table.md", text + "\n")
 
 
 def table(results: dict[str, Any], task: Task) -> str:
     """Markdown: a line a model, best first; mean over seeds, and the standard deviation where there are several."""
-    lines, columns = [], []
+    columns, about = {}, {}
     for name, entry in results["models"].items():
         if not entry["runs"]:
             continue
-        summaries = [task.summary(run["metrics"]) for run in entry["runs"]]
-        columns += [column for column in summaries[0] if column not in columns]
-        speed = statistics.mean(run["tokens_per_second"] for run in entry["runs"])
-        lines.append((name, entry, summaries, speed))
-    lines.sort(
-        key=lambda line: statistics.mean(next(iter(summary.values())) for summary in line[2]),
-        reverse=task.higher_is_better,
+        columns[name] = _columns([task.summary(run["metrics"]) for run in entry["runs"]])
+        about[name] = {
+            "parameters": f"{entry['parameters']:,}",
+            "learning rate": str(entry["chosen"].get("learning_rate", "")),
+            "tokens/s": f"{statistics.mean(run['tokens_per_second'] for run in entry['runs']):,.0f}",
+        }
+    return _markdown(columns, about, task)
+
+
+def _columns(rows: list[dict[str, float]]) -> dict[str, list[float]]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row[name] for row in rows if name in row] for name in names}
+
+
+def _markdown(models: dict[str, dict[str, list[float]]], about: dict[str, dict[str, str]], task: Task) -> str:
+    """A line a model, ordered by its first column: what there is to say about it, then its columns over the seeds."""
+    order = sorted(
+        models, key=lambda name: statistics.mean(next(iter(models[name].values()))), reverse=task.higher_is_better
     )
-    head = ["model", "parameters", "learning rate", *columns, "tokens/s", "seeds"]
-    rows = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    for name, entry, summaries, speed in lines:
-        values = [_mean([summary[column] for summary in summaries if column in summary]) for column in columns]
-        rate = entry["chosen"].get("learning_rate", "")
-        cells = [name, f"{entry['parameters']:,}", str(rate), *values, f"{speed:,.0f}", str(len(summaries))]
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+    names = dict.fromkeys(column for name in order for column in models[name])
+    rows = []
+    for name in order:
+        cells = {column: _mean(models[name].get(column, [])) for column in names}
+        seeds = max(map(len, models[name].values()))
+        rows.append({"model": name, **about.get(name, {}), **cells, "seeds": str(seeds)})
+    head = list(rows[0]) if rows else ["model"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])
 
 
 def _mean(values: list[float]) -> str:
