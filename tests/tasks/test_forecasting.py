@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +25,7 @@ SMALL = {
     "titans": {"variant": "lmm", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "patch_length": 4,
                "num_memory_heads": 1, "memory_expansion": 1, "chunk_size": 4, "patch_stride": 2},
     "patchtst": {"d_model": 8, "ffn_dim": 8, "num_hidden_layers": 1, "patch_length": 4, "patch_stride": 2},
+    "itransformer": {"hidden_size": 8, "n_heads": 2, "e_layers": 1, "d_ff": 8},
     **{kind: {} for kind in KINDS},
 }  # fmt: skip
 
@@ -154,6 +156,21 @@ def test_linear_models_against_their_definitions():
         trend = torch.stack([padded[i : i + 25].mean() for i in range(30)])
         expected = models["dlinear"].trend(trend) + models["dlinear"].rest(row - trend)
         torch.testing.assert_close(models["dlinear"](x).prediction_outputs[1, :, c], expected)
+
+
+def test_the_seed_decides_the_weights_of_an_itransformer():
+    sizes = {"context_length": 24, "prediction_length": 6, "num_input_channels": 2}
+    spec = {"type": "itransformer", **SMALL["itransformer"]}
+    one, same, other = (build_forecaster(spec, **sizes, seed=seed).state_dict() for seed in (1, 1, 2))
+    name = "network.projector.weight"
+    assert torch.equal(one[name], same[name])
+    assert not torch.equal(one[name], other[name])
+
+
+def test_an_itransformer_without_its_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "neuralforecast.models", None)
+    with pytest.raises(ImportError, match=r"pip install 'titans\[forecast\]'"):
+        build_forecaster({"type": "itransformer"}, context_length=24, prediction_length=6, num_input_channels=2)
 
 
 @pytest.mark.parametrize("kind", SMALL)

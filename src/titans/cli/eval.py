@@ -14,8 +14,8 @@ EXAMPLES = """examples:
   titans eval harness runs/mine --tasks qa1 --babi babi_en10k    by the lm-evaluation-harness
   titans eval needle runs/mine --task niah_single_2 --data books.jsonl.xz --lengths 2048 16384 --samples 100
   titans eval forecasting runs/etth1 --json result.json
-  titans eval dna runs/tata
   titans eval forecasting --dataset ETTh1 --data ETTh1.csv      trains and tests on each horizon; see its --help
+  titans eval dna runs/tata
 """
 
 

@@ -1,4 +1,9 @@
-"""Forecasts of tables: a CSV file or a pandas DataFrame in, the rows after its last one out."""
+"""Forecasts of tables: a CSV file or a pandas DataFrame in, the rows after its last one out.
+
+``Titans`` is the same forecaster as a model of neuralforecast, imported when it is first asked for.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 try:
     import pandas  # noqa: F401
@@ -9,4 +14,15 @@ from titans.forecasting.forecast import Forecast, forecast
 from titans.forecasting.grid import Table
 from titans.forecasting.table import read_table
 
-__all__ = ["Forecast", "Table", "forecast", "read_table"]
+if TYPE_CHECKING:
+    from titans.forecasting.neural import Titans
+
+__all__ = ["Forecast", "Table", "Titans", "forecast", "read_table"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Titans":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from titans.forecasting.neural import Titans
+
+    return Titans

@@ -20,7 +20,7 @@ from titans.forecasting.grid import Table
 from titans.forecasting.result import Forecast, quantile_column
 from titans.forecasting.table import read_table
 from titans.models.prediction import check_quantiles
-from titans.tasks.forecasting import Forecasting
+from titans.tasks.forecasting import Forecasting, small_model
 from titans.training.config import parse_config, require
 from titans.training.models import load_run
 from titans.training.run import train
@@ -224,10 +224,9 @@ def _settings(windows: list[SeriesWindows], tokens: float | None, folder: str) -
     if tokens is None:
         wanted = max(_PASSES * train.look_back * len(train), _STEPS * step)
         tokens = min(wanted, _NUMBERS / train.channels)
-    patch = min(16, train.look_back // 2)
     return {
         "output": folder,
         "data": {"horizon": train.horizon},
-        "model": {**Forecasting().preset()["model"], "patch_length": patch, "patch_stride": max(1, patch // 2)},
+        "model": small_model(train.look_back),
         "training": {"length": train.look_back, "batch_size": batch, "tokens": tokens, "eval_every": 0.2},
     }

@@ -18,6 +18,7 @@ DATASETS: dict[str, tuple[int, list[int]]] = {
 MODELS: dict[str, dict[str, Any]] = {
     "titans": task.preset()["model"],
     "patchtst": {"type": "patchtst", "d_model": 24, "ffn_dim": 71, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "itransformer": {"type": "itransformer"},
     "dlinear": {"type": "dlinear"},
     "nlinear": {"type": "nlinear"},
 }

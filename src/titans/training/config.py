@@ -48,6 +48,8 @@ def refusals(spec: dict[str, Any], name: str) -> Iterator[None]:
     """What a library raises at settings that it cannot use, of which it has a family of types, as ValueError."""
     try:
         yield
+    except ImportError:  # a library that is not installed
+        raise
     except Exception as error:
         raise ValueError(f"model={spec} is refused by {name}: {error}") from error
 
@@ -180,7 +182,7 @@ def config_parser(task: "Task", **kwargs: Any) -> ConfigParser:
         type=dict[str, Any],
         default=preset.get("model", {}),
         help="type (titans, llama, sliding_llama, mamba2, gated_delta_net, in dna also transformer, cnn; in "
-        "forecasting titans, patchtst, dlinear, nlinear) and the fields of its configuration, as in --model.variant "
+        "forecasting titans, patchtst, itransformer, dlinear, nlinear) and the fields of its configuration, as in --model.variant "
         "mag",
     )
     parts = {"data": task.data_class, "evaluation": task.evaluation_class, "training": TrainingConfig}

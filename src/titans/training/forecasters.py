@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -67,13 +68,70 @@ class LinearForecaster(PreTrainedModel):
             half = self.config.moving_average // 2
             trend = F.avg_pool1d(F.pad(x, (half, half), mode="replicate"), self.config.moving_average, stride=1)
             forecast = self.rest(x - trend) + self.trend(trend)
-        forecast = forecast.mT
-        loss = None if future_values is None else F.mse_loss(forecast, future_values)
-        return TitansForPredictionOutput(loss=loss, prediction_outputs=forecast)
+        return _output(forecast.mT, future_values)
+
+
+def _output(forecast: Tensor, truth: Tensor | None) -> TitansForPredictionOutput:
+    loss = None if truth is None else F.mse_loss(forecast, truth)
+    return TitansForPredictionOutput(loss=loss, prediction_outputs=forecast)
+
+
+class ITransformerConfig(PreTrainedConfig):
+    """An iTransformer.
+
+    Args:
+        context_length, prediction_length, num_input_channels: as in `TitansPredictionConfig`.
+        hidden_size, n_heads, e_layers, d_ff, dropout: as in neuralforecast's `iTransformer`, smaller by default.
+    """
+
+    model_type = "itransformer"
+
+    context_length: int = 96
+    prediction_length: int = 96
+    num_input_channels: int = 1
+    hidden_size: int = 48
+    n_heads: int = 4
+    e_layers: int = 2
+    d_ff: int = 96
+    dropout: float = 0.1
+
+
+class ITransformer(PreTrainedModel):
+    """neuralforecast's iTransformer (arXiv 2310.06625): a channel's look-back is a token.
+
+    Raises:
+        ImportError: neuralforecast is not installed.
+    """
+
+    config_class = ITransformerConfig
+    main_input_name = "past_values"
+
+    def __init__(self, config: ITransformerConfig):
+        try:
+            from neuralforecast.models import iTransformer
+        except ImportError as error:
+            raise ImportError(
+                f"itransformer needs `neuralforecast` ({error}): pip install 'titans[forecast]'"
+            ) from error
+        super().__init__(config)
+        sizes = {name: getattr(config, name) for name in ("hidden_size", "n_heads", "e_layers", "d_ff", "dropout")}
+        seed = torch.initial_seed() % 2**32  # the library seeds all with what it is given
+        lengths = {"h": config.prediction_length, "input_size": config.context_length}
+        self.network = iTransformer(**lengths, **sizes, n_series=config.num_input_channels, random_seed=seed)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The library has initialised them."""
+
+    def forward(self, past_values: Tensor, future_values: Tensor | None = None) -> TitansForPredictionOutput:
+        """[B, look-back, channels] -> [B, horizon, channels], and the mean squared error if the truth is given."""
+        return _output(self.network.forecast(past_values), future_values)
 
 
 AutoConfig.register("linear_forecaster", LinearForecasterConfig)
 AutoModelForTimeSeriesPrediction.register(LinearForecasterConfig, LinearForecaster)
+AutoConfig.register("itransformer", ITransformerConfig)
+AutoModelForTimeSeriesPrediction.register(ITransformerConfig, ITransformer)
 # The library has it in no Auto class, and passes over its own configurations without exist_ok.
 AutoModelForTimeSeriesPrediction.register(PatchTSTConfig, PatchTSTForPrediction, exist_ok=True)
 
@@ -84,6 +142,7 @@ PATCHTST = {"patch_length": 16, "patch_stride": 8, "pooling_type": None}
 _FORECASTERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "titans": (TitansPredictionConfig, TitansForPrediction, {}),
     "patchtst": (PatchTSTConfig, PatchTSTForPrediction, PATCHTST),
+    "itransformer": (ITransformerConfig, ITransformer, {}),
     **{kind: (LinearForecasterConfig, LinearForecaster, {"kind": kind}) for kind in KINDS},
 }
 
@@ -94,13 +153,14 @@ def build_forecaster(
     """A freshly initialised forecaster: `past_values` [B, look-back, channels], `future_values` [B, horizon, channels].
 
     Args:
-        spec: `{"type": titans (default), patchtst, dlinear or nlinear, **fields of that model's configuration}`.
+        spec: `{"type": titans (default), patchtst, itransformer, dlinear or nlinear, **fields of its configuration}`.
         context_length: look-back.
         prediction_length: horizon.
         num_input_channels: channels.
         seed: of the random initialisation.
 
     Raises:
+        ImportError: an itransformer without neuralforecast.
         ValueError: an unknown type or key (the message names the nearest valid one), or a value the model refuses.
     """
     fields = dict(spec)
