@@ -123,6 +123,12 @@ def test_metrics_against_a_loop_with_no_window_dropped(waves, batch_size):
     np.testing.assert_allclose(metrics["mae_by_channel"], np.abs(errors).mean((0, 1)), rtol=1e-5)
 
 
+def test_quantiles_from_the_command_line():
+    config = parse_config(TASK, arguments=["--model.quantiles", "[0.1, 0.5, 0.9]"])
+    assert config.model["quantiles"] == [0.1, 0.5, 0.9]
+    build_forecaster(config.model, context_length=96, prediction_length=5, num_input_channels=2)
+
+
 def test_coverage_and_pinball_loss_against_a_loop(waves):
     spec = {**SMALL["titans"], "quantiles": [0.25, 0.5, 0.9]}
     model = build_forecaster(spec, context_length=8, prediction_length=5, num_input_channels=2).eval()
@@ -167,10 +173,13 @@ def test_the_seed_decides_the_weights_of_an_itransformer():
     assert not torch.equal(one[name], other[name])
 
 
-def test_an_itransformer_without_its_package_names_the_extra(monkeypatch):
+def test_an_itransformer_without_its_package_names_the_extra(monkeypatch, tmp_path):
+    sizes = {"context_length": 24, "prediction_length": 6, "num_input_channels": 2}
+    build_forecaster({"type": "itransformer"}, **sizes).save_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "neuralforecast.models", None)
-    with pytest.raises(ImportError, match=r"pip install 'titans\[forecast\]'"):
-        build_forecaster({"type": "itransformer"}, context_length=24, prediction_length=6, num_input_channels=2)
+    for attempt in (lambda: build_forecaster({"type": "itransformer"}, **sizes), lambda: load_run(str(tmp_path))):
+        with pytest.raises(ImportError, match=r"pip install 'titans\[forecast\]'"):
+            attempt()
 
 
 @pytest.mark.parametrize("kind", SMALL)

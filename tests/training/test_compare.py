@@ -89,6 +89,7 @@ def test_a_varied_setting(values, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "train", spy)
     del values["models"]["llama"]
+    values["training"]["tokens"] = 256
     values |= {"tuning": None, "vary": {"training.length": [16, 32]}}
     results = compare(Experiment.from_dict(values), TASK, say=lambda text: None)
     assert trained == [(f"length-{n}", n, seed) for n in (16, 32) for seed in (0, 1)]

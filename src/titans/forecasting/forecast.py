@@ -122,8 +122,9 @@ def forecast(
     if run is not None and (Path(run) / "config.yaml").exists():
         raise ValueError(f"run={str(run)!r} holds a run already; use another folder")
     if quantiles is not None:
+        quantiles = [float(q) for q in quantiles]
         check_quantiles(quantiles)
-    levels = list(quantiles or [0.5])
+    levels = quantiles or [0.5]
     table = read_table(source, targets, time_column)
     _check_names(table, levels)
     plan = Plan.of(len(table.values), horizon, season or table.season, look_back)
@@ -177,7 +178,7 @@ def _trained(
     plan: Plan,
     horizon: int,
     tokens: float | None,
-    quantiles: Sequence[float] | None,
+    quantiles: list[float] | None,
     folder: str,
     progress: bool,
 ) -> Predict:
@@ -191,8 +192,7 @@ def _trained(
         for part in (scaled[: plan.train], scaled[plan.train - plan.look_back :])
     ]
     task = _Windows(TaskData(*windows, tokenizer=None, labels="future_values"))
-    settings = _settings(windows, tokens, folder)
-    settings["model"]["quantiles"] = None if quantiles is None else list(quantiles)
+    settings = _settings(windows, tokens, quantiles, folder)
     train(parse_config(task, settings), task, evaluate=False, progress=progress)
     model, _ = load_run(folder)
 
@@ -216,7 +216,9 @@ class _Windows(Forecasting):
         return self.data
 
 
-def _settings(windows: list[SeriesWindows], tokens: float | None, folder: str) -> dict[str, Any]:
+def _settings(
+    windows: list[SeriesWindows], tokens: float | None, quantiles: list[float] | None, folder: str
+) -> dict[str, Any]:
     """What differs from the task's preset."""
     train = windows[0]
     batch = min(_BATCH[1], *map(len, windows))
@@ -227,6 +229,6 @@ def _settings(windows: list[SeriesWindows], tokens: float | None, folder: str) -
     return {
         "output": folder,
         "data": {"horizon": train.horizon},
-        "model": small_model(train.look_back),
+        "model": {**small_model(train.look_back), "quantiles": quantiles},
         "training": {"length": train.look_back, "batch_size": batch, "tokens": tokens, "eval_every": 0.2},
     }

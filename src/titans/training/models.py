@@ -150,6 +150,7 @@ def load_run(run: str) -> tuple[Any, Any]:
 
     Raises:
         FileNotFoundError: no run there, or one that has not finished.
+        ImportError: the model needs a package that is not installed.
         ValueError: the checkpoint cannot be read.
     """
     import titans.training.classifiers
@@ -169,6 +170,8 @@ def load_run(run: str) -> tuple[Any, Any]:
         else:
             auto = AutoModelForCausalLM
         model: Any = auto.from_pretrained(folder, local_files_only=True)
+    except ImportError:
+        raise  # a model of another package, which names it
     except Exception as error:  # safetensors, json and torch each raise their own
         raise ValueError(f"{weights} cannot be read ({error}); it is damaged, train again or restore it") from error
     if torch.cuda.is_available():
