@@ -32,9 +32,8 @@ class ShortConvolution(nn.Module):
         if size < 1:
             raise ValueError(f"conv_size must be at least 1, got {size}")
         self.channels, self.size = channels, size
+        # No tap before the others: near the identity, key and value of a write would be about the same token
         self.weight = nn.Parameter(torch.empty(size, channels).uniform_(-(size**-0.5), size**-0.5))
-        with torch.no_grad():
-            self.weight[-1] += 1  # starts near the identity
 
     def initial_state(self, batch: int) -> Tensor:
         """Zeros [batch, size - 1, channels]: nothing came before."""
