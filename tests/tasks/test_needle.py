@@ -16,7 +16,8 @@ from titans.tasks import get_task
 from titans.tasks.needle import NEEDLE_DEPTHS, NOISE, RULER, Essay, Needles, read_words
 from titans.training.compare import Experiment, compare, table
 from titans.training.config import parse_config
-from titans.training.run import _Trainer, train
+from titans.training.run import train
+from titans.training.trainer import RunTrainer
 
 TASK = get_task("needle")
 WORDS = (["blue", "ad hoc"], ["house", "arm-rest"])
@@ -228,7 +229,7 @@ def test_train_measure_and_resume(values, tmp_path, monkeypatch):
     assert [(cell["task"], cell["length"]) for cell in result["metrics"]["cells"]] == [
         ("niah_single_1", 700), ("niah_single_1", 800)]  # fmt: skip
     assert (tmp_path / "run" / "depth.png").exists()
-    step = _Trainer.training_step
+    step = RunTrainer.training_step
 
     def interrupt(self, *args, **kwargs):
         if self.state.global_step == 3:
@@ -237,7 +238,7 @@ def test_train_measure_and_resume(values, tmp_path, monkeypatch):
 
     cut = parse_config(TASK, values | {"output": str(tmp_path / "cut")})
     with monkeypatch.context() as patch:
-        patch.setattr(_Trainer, "training_step", interrupt)
+        patch.setattr(RunTrainer, "training_step", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(cut, TASK, progress=False)
     train(cut, TASK, resume=True, progress=False)
@@ -247,13 +248,13 @@ def test_train_measure_and_resume(values, tmp_path, monkeypatch):
 
 def test_training_reads_the_items_in_their_order(values, tmp_path, monkeypatch):
     seen = []
-    step = _Trainer.training_step
+    step = RunTrainer.training_step
 
     def watched(self, model, inputs, *args, **kwargs):
         seen.extend(inputs["input_ids"].tolist())
         return step(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(_Trainer, "training_step", watched)
+    monkeypatch.setattr(RunTrainer, "training_step", watched)
     config = parse_config(TASK, values)
     train(config, TASK, evaluate=False, progress=False)
     items = TASK.load(config).train

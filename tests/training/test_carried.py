@@ -8,8 +8,9 @@ from titans.models import TitansCache, TitansConfig, TitansForCausalLM
 from titans.tasks import get_task
 from titans.training.carried import DocumentStreams
 from titans.training.config import parse_config
-from titans.training.run import _Trainer, train
+from titans.training.run import train
 from titans.training.tokens import Corpus
+from titans.training.trainer import RunTrainer
 
 END, LENGTH = 9, 6
 SIZES = (13, 5, 6, 20, 1)  # none, one and several windows; with and without room for the end
@@ -125,7 +126,7 @@ class Interrupted(Exception):
 
 def test_resumed_equals_uninterrupted(tmp_path, text, monkeypatch):
     """The memory is part of a checkpoint."""
-    task, step = get_task("language"), _Trainer.training_step
+    task, step = get_task("language"), RunTrainer.training_step
     train(config(tmp_path / "whole", text), task, progress=False)
 
     def interrupt(self, *args, **kwargs):
@@ -135,7 +136,7 @@ def test_resumed_equals_uninterrupted(tmp_path, text, monkeypatch):
 
     cut = config(tmp_path / "cut", text)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(_Trainer, "training_step", interrupt)
+        patch.setattr(RunTrainer, "training_step", interrupt)
         train(cut, task, progress=False)
     train(cut, task, resume=True, progress=False)
     models = [TitansForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "cut")]

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             mend = f"did you mean {close[0]!r}?" if close else "see titans --help"
             raise ValueError(f"{command!r} is no command; {mend}")
         return importlib.import_module(f"titans.cli.{command}").main(arguments) or 0
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         print(f"titans {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

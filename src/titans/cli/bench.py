@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     planned = suite(options.suite) if options.suite else groups(**{name: options[name] for name in names})
     quiet_libraries()
     from titans.bench.run import bench, plot, table
-    from titans.training.callbacks import write_atomically
+    from titans.training.files import write_atomically
     from titans.training.provenance import provenance
 
     rows = bench(planned, options.rounds)

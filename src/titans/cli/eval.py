@@ -56,8 +56,8 @@ def main(arguments: list[str]) -> None:
 
     quiet_libraries()
     from titans.training.config import load_yaml, parse_config
+    from titans.training.files import write_atomically
     from titans.training.models import check_text_run, load_run
-    from titans.training.run import write_atomically
 
     model, tokenizer = load_run(options.run)
     config = load_yaml(Path(options.run) / "config.yaml")

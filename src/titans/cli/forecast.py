@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
     quiet_libraries()
     from titans.forecasting import forecast
     from titans.forecasting.result import PICTURES
-    from titans.training.callbacks import write_atomically
+    from titans.training.files import write_atomically
 
     if options.plot:
         require(Path(options.plot).suffix in PICTURES, "plot", options.plot, f"a name in {', '.join(PICTURES)}")

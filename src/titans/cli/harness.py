@@ -40,8 +40,8 @@ def main(arguments: list[str]) -> None:
     except ImportError as error:
         raise ImportError(f"titans eval harness needs `lm-eval` ({error}): pip install 'titans[harness]'") from error
     from titans.tasks import babilong, needle
+    from titans.training.files import write_atomically
     from titans.training.models import load_text_run
-    from titans.training.run import write_atomically
 
     model, tokenizer = load_text_run(options.run)
     tasks: list = list(options.tasks)

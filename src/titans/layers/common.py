@@ -8,7 +8,12 @@ from titans.memory.pieces import take
 
 
 def require_finite(x: Tensor, mask: Tensor | None) -> None:
-    """ValueError that names the first NaN or infinity among the real tokens of x [B, T, dim]."""
+    """ValueError that names the first NaN or infinity among the real tokens of x [B, T, dim].
+
+    Not where gradients are recorded: there the loss tells, and processes that train together must not part ways.
+    """
+    if x.requires_grad:
+        return
     if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     if x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite():

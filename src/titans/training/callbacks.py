@@ -1,7 +1,6 @@
 """What watches a run: its clock, its metrics file, its progress bar."""
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -9,13 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-
-def write_atomically(path: Path, text: str) -> None:
-    """Whole or not at all: a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+from titans.training.files import write_atomically
 
 
 class Clock(TrainerCallback):
@@ -35,10 +28,16 @@ class Clock(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """All that was logged, one JSON a line; after a resume, without what an interrupted run had logged beyond it."""
+    """All that was logged, one JSON a line; after a resume, without what an interrupted run had logged beyond it.
+
+    A mean loss is logged wherever a checkpoint is saved, so that a resumed run takes its means over the same steps.
+    """
 
     def __init__(self, path: Path):
         self.path = path
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save
 
     def on_log(self, args, state, control, **kwargs):
         if state.is_world_process_zero:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from titans.training.callbacks import write_atomically
 from titans.training.config import TrainConfig, nearest, parse_config, require
+from titans.training.files import write_atomically
 from titans.training.provenance import provenance
 from titans.training.run import train
 from titans.training.task import Task

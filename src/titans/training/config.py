@@ -86,6 +86,9 @@ class TrainingConfig:
     weight_decay: float = option(0.1, "of matrices; norms, biases, gates and other vectors have none")
     max_grad_norm: float = option(1.0, "longer gradients are scaled down to this norm")
     bf16: bool = option(False, "bfloat16 autocast; weights, optimizer and memory state stay float32")
+    skip_nonfinite: bool = option(
+        False, "skip and count steps whose loss or gradient is not finite; otherwise the first one ends the run"
+    )
     eval_every: float = option(0.1, "validate and save a checkpoint every so many steps; up to 1: fraction of the run")
     seed: int = option(0, "of initialisation and of the order of the windows")
     start_from: str | None = option(None, "folder of a run whose weights training starts from; by default random ones")

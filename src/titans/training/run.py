@@ -3,29 +3,29 @@
 import json
 import math
 import os
-import re
 import shutil
-import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
+from accelerate.utils.memory import should_reduce_batch_size
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
-from transformers import AutoConfig, AutoModel, PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoConfig, AutoModel, PrinterCallback, TrainingArguments
 
-from titans.models import TitansCache
-from titans.training.callbacks import Clock, MetricsFile, ProgressBar, TensorBoard, write_atomically
+from titans.training.callbacks import Clock, MetricsFile, ProgressBar, TensorBoard
+from titans.training.checkpoints import last_checkpoint
 from titans.training.config import TrainConfig
+from titans.training.files import replace_durably, write_atomically
 from titans.training.models import is_classifier
 from titans.training.provenance import provenance
 from titans.training.task import Task, TaskData
 from titans.training.text import expand
-
-_NO_DECAY = re.compile(r"(^|\.)(gates_proj|bias|\w*norm\w*|persistent\w*|conv|memory\.weights)(\.|$)")
+from titans.training.trainer import SKIPPED, RunTrainer
 
 
 def train(
@@ -42,8 +42,10 @@ def train(
         What `result.json` holds: validation loss, metrics (in the first process of several), speed, date, versions.
 
     Raises:
-        FloatingPointError: the loss is no longer finite.
-        ValueError: a checkpoint that cannot be read.
+        FloatingPointError: the loss or the gradient is no longer finite, and `training.skip_nonfinite` is not set.
+        MemoryError: the machine or the GPU has too little memory.
+        OSError: a checkpoint cannot be written.
+        ValueError: no checkpoint to resume from is whole.
     """
     if config.output is None:
         raise ValueError("output=None is not valid; use the folder the run is to fill")
@@ -56,20 +58,22 @@ def train(
     write_atomically(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
     _check_enough(config, data)
     clock, tokens_per_step = Clock(), config.training.tokens_per_step
-    trainer = _Trainer(
+    trainer = RunTrainer(
         model=model,
         args=_arguments(config, data, folder),
         train_dataset=data.train,
         eval_dataset=data.validation,
         data_collator=data.collate,
         callbacks=[clock, MetricsFile(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard")],
+        skip_nonfinite=config.training.skip_nonfinite,
     )
     trainer.remove_callback(PrinterCallback)
     if progress:
         trainer.add_callback(ProgressBar(clock, tokens_per_step))
     use_cache = getattr(model.config, "use_cache", False)
     model.config.use_cache = False  # windows are read whole in training
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with _memory_hint(config):
+        trainer.train(resume_from_checkpoint=checkpoint)
     model.config.use_cache = use_cache
     result: dict[str, Any] = {
         "parameters": model.num_parameters(),
@@ -77,6 +81,7 @@ def train(
         "tokens": config.training.steps * tokens_per_step,
         "tokens_per_second": clock.steps * tokens_per_step / max(clock.seconds, 1e-9),
         "training_seconds": clock.seconds,
+        "skipped_steps": sum(SKIPPED in entry for entry in trainer.state.log_history),
         "provenance": provenance(),
     }
     if not trainer.is_world_process_zero():
@@ -89,57 +94,6 @@ def train(
     _save(model, data, folder)
     write_atomically(folder / "result.json", json.dumps(result, indent=1))
     return result
-
-
-class _Trainer(Trainer):
-    """The Trainer with three differences.
-
-    It stops at a loss that is not finite; gates and norms do not decay; and where a batch says which of its rows begin
-    a document (``DocumentStreams``), the others go on with the memory of the batch before.
-    """
-
-    carried: TitansCache | None = None
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        begins = inputs.pop("begins", None)
-        if begins is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        blocks = self._titans().model.layers
-        cache = TitansCache(len(blocks)) if self.carried is None else self.carried
-        cache.restart(begins, blocks)
-        loss = super().compute_loss(model, {**inputs, "cache": cache, "use_cache": True}, *args, **kwargs)
-        self.carried = cache.detach_()  # gradients stop at a window's start
-        return loss
-
-    def _titans(self) -> Any:
-        return self.accelerator.unwrap_model(self.model)
-
-    def _memory_file(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / f"memory-{self.args.process_index}.safetensors"
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.carried is not None:
-            file = self._memory_file(f"{self.args.output_dir}/checkpoint-{self.state.global_step}")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self.carried.save_pretrained(file, self._titans())
-        super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if (file := self._memory_file(resume_from_checkpoint)).exists():
-            self.carried = TitansCache.load(file, self._titans())
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower training.learning_rate "
-                f"(now {self.args.learning_rate}) or lengthen training.warmup"
-            )
-        return loss
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        return [name for name, p in model.named_parameters() if p.ndim >= 2 and not _NO_DECAY.search(name)]
 
 
 def _load_weights(model: Any, run: str) -> None:
@@ -190,11 +144,10 @@ def _arguments(config: TrainConfig, data: TaskData, folder: Path) -> TrainingArg
         eval_steps=max(1, round(interval)),
         save_strategy="steps",
         save_steps=max(1, round(interval)),
-        save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         logging_steps=max(1, training.steps // 100),
-        logging_nan_inf_filter=False,
+        logging_nan_inf_filter=training.skip_nonfinite,
         prediction_loss_only=True,
         label_names=[data.labels],
         dataloader_drop_last=True,
@@ -203,6 +156,22 @@ def _arguments(config: TrainConfig, data: TaskData, folder: Path) -> TrainingArg
         remove_unused_columns=False,
         disable_tqdm=True,
     )
+
+
+@contextmanager
+def _memory_hint(config: TrainConfig) -> Iterator[None]:
+    """Says what to lower where the memory does not suffice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            raise
+        training = config.training
+        raise MemoryError(
+            f"out of memory ({error}); halve training.batch_size (now {training.batch_size}) and double "
+            f"training.gradient_accumulation (now {training.gradient_accumulation}), which trains the same, or lower "
+            f"training.length (now {training.length}) or a large model.chunk_size"
+        ) from error
 
 
 def _check_enough(config: TrainConfig, data: TaskData) -> None:
@@ -214,37 +183,6 @@ def _check_enough(config: TrainConfig, data: TaskData) -> None:
             )
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint below a run's folder, checked to be readable; None if there is none.
-
-    Raises:
-        FileNotFoundError: the folder is no run.
-        ValueError: a truncated or damaged file, named.
-    """
-    if not (folder / "config.yaml").exists():
-        raise FileNotFoundError(f"resume={str(folder)!r} is no run: it holds no config.yaml; give a run's folder")
-    checkpoints = folder / "checkpoints"
-    newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if newest is None:
-        return None
-    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"):
-        path = Path(newest) / name
-        try:
-            if name.endswith(".safetensors"):
-                with safe_open(path, "pt") as tensors:
-                    tensors.keys()
-            elif name.endswith(".json"):
-                json.loads(path.read_text(encoding="utf-8"))
-            elif zipfile.ZipFile(path).testzip():
-                raise ValueError("its checksums are wrong")
-        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{path} cannot be read ({error}); delete {newest} to go on from the checkpoint before it, "
-                "or from the start"
-            ) from error
-    return newest
-
-
 def _save(model: Any, data: TaskData, folder: Path) -> None:
     """Model and tokenizer at the run's top level, the weights last and each file whole."""
     temporary = folder / ".saving"
@@ -253,7 +191,7 @@ def _save(model: Any, data: TaskData, folder: Path) -> None:
     if data.tokenizer is not None:
         data.tokenizer.save_pretrained(temporary)
     for path in sorted(temporary.iterdir(), key=lambda p: p.suffix == ".safetensors"):
-        os.replace(path, folder / path.name)
+        replace_durably(path, folder / path.name)
     temporary.rmdir()
 
 

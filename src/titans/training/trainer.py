@@ -1,0 +1,161 @@
+"""The transformers Trainer, with what our runs ask of it beyond that."""
+
+import re
+import shutil
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+
+from titans.memory.state import save_tensors
+from titans.models import TitansCache
+from titans.training.checkpoints import checkpoint_name, publish_checkpoint
+from titans.training.files import read_manifest
+
+SKIPPED = "skipped_step"  # in the log
+_NO_DECAY = re.compile(r"(^|\.)(gates_proj|bias|\w*norm\w*|persistent\w*|conv|memory\.weights)(\.|$)")
+
+
+class RunTrainer(Trainer):
+    """The Trainer with four differences.
+
+    Checkpoints are whole or not there. A step whose loss or gradient is not finite never reaches the weights: it stops
+    the run and leaves what reproduces it, or is skipped. Gates and norms do not decay. Where a batch says which of its
+    rows begin a document (``DocumentStreams``), the others go on with the memory of the batch before.
+
+    Args:
+        skip_nonfinite: skip steps that are not finite instead of stopping.
+    """
+
+    def __init__(self, *args: Any, skip_nonfinite: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.skip_nonfinite = skip_nonfinite
+        self.carried: TitansCache | None = None
+        self._before: TitansCache | None = None  # what was carried before the step
+        self._batches: list[dict[str, Any]] = []  # of the step
+        self._losses: list[torch.Tensor] = []  # one a batch
+        self._run_dir: str | None = None  # where a checkpoint is being written
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return [name for name, p in model.named_parameters() if p.ndim >= 2 and not _NO_DECAY.search(name)]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # the Trainer takes one step more when all were done
+            super()._run_epoch(*args, **kwargs)
+
+    # The memory carried from batch to batch
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        begins = inputs.pop("begins", None)
+        if begins is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        blocks = self._titans().model.layers
+        cache = TitansCache(len(blocks)) if self.carried is None else self.carried
+        cache.restart(begins, blocks)
+        loss = super().compute_loss(model, {**inputs, "cache": cache, "use_cache": True}, *args, **kwargs)
+        self.carried = cache.detach_()  # gradients stop at a window's start
+        return loss
+
+    def _titans(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _memory_file(self, folder: str | Path) -> Path:
+        return Path(folder) / f"memory-{self.args.process_index}.safetensors"
+
+    # Steps that are not finite
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._batches, items = super().get_batch_samples(*args, **kwargs)
+        self._losses, self._before = [], copy(self.carried)
+        if self._before is not None:
+            self._before.layers = [copy(layer) for layer in self._before.layers]
+        return self._batches, items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The last word before the optimizer moves the weights."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        values: Any = torch.stack([*self._losses, torch.as_tensor(grad_norm).to(self._losses[0])])
+        values = self.accelerator.gather(values)
+        if not torch.isfinite(values).all():  # the same in every process
+            self._not_finite(model, values)
+        return grad_norm
+
+    def _not_finite(self, model: nn.Module, values: torch.Tensor) -> None:
+        step = self.state.global_step + 1
+        if self.skip_nonfinite:
+            model.zero_grad()  # to None: the optimizer leaves weights and moments alone
+            self.carried = None  # what was read may be what is not finite
+            self.log({SKIPPED: step})
+            return
+        folder = Path(self.args.output_dir or "").parent / f"nonfinite-{step}"
+        self.save_model(str(folder), _internal_call=True)
+        batches = {name: torch.stack([batch[name] for batch in self._batches]) for name in self._batches[0]}
+        save_tensors(batches, folder / f"batches-{self.args.process_index}.safetensors", {"step": str(step)})
+        if self._before is not None:
+            self._before.save_pretrained(self._memory_file(folder), self._titans())
+        raise FloatingPointError(
+            f"step {step} is not finite: losses and gradient norm are {values.tolist()}; {folder} holds its batches "
+            f"and the weights before it. Lower training.learning_rate (now {self.args.learning_rate}), lengthen "
+            "training.warmup, or set training.skip_nonfinite"
+        )
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._run_dir or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes the checkpoint in a folder beside the others and gives it its name once it is whole."""
+        folder = Path(self.args.output_dir or "")
+        part, name = folder / ".part", checkpoint_name(self.state.global_step)
+        try:
+            if self.args.should_save:
+                shutil.rmtree(part, ignore_errors=True)
+                (part / name).mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self._run_dir = str(part)
+            if self.carried is not None:
+                self.carried.save_pretrained(self._memory_file(part / name), self._titans())
+            super()._save_checkpoint(model, trial)
+            if self.state.best_global_step:
+                self.state.best_model_checkpoint = str(folder / checkpoint_name(self.state.best_global_step))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(part / name / TRAINER_STATE_NAME))
+                publish_checkpoint(part / name, folder / name, self.state.best_model_checkpoint)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch has its own types for a full disk
+            raise OSError(
+                f"{folder / name} cannot be written ({error}); the disk has {shutil.disk_usage(folder).free:,} bytes "
+                "left. Those before it are as they were: make room, then go on with "
+                f"titans train --resume {folder.parent}"
+            ) from error
+        finally:
+            self._run_dir = None
+            if self.args.should_save:
+                shutil.rmtree(part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if (file := self._memory_file(resume_from_checkpoint)).exists():
+            self.carried = TitansCache.load(file, self._titans())
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        try:
+            read_manifest(best)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; restore the best checkpoint from a copy, or delete {best}: a resume keeps the last weights"
+            ) from error
+        super()._load_best_model()
