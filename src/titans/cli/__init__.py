@@ -4,6 +4,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "prepare": "tokenize texts of any size once, for training that never loads them whole",
     "train": "train a model; without arguments, a small one on text this machine already has",
     "generate": "let a trained model go on from a prompt",
     "memorize": "read documents of any size into a model's memory, and keep it in a file",
@@ -24,6 +25,7 @@ commands:
 examples:
   titans train                                  three to four minutes on two cores
   titans train --data my_texts/ --output runs/mine
+  titans prepare huge.jsonl.xz -o huge.tokens
   titans generate runs/mine --prompt "def main("
   titans memorize runs/mine book.txt -o book.memory.safetensors
   titans eval language runs/mine --data other.txt

@@ -80,16 +80,28 @@ class Language:
         from titans.training.tokens import Corpus, WindowDataset, tokenizer_of
 
         data: LanguageData = config.data
-        train, validation = (split_documents(data, split) for split in ("train", "validation"))
-        tokenizer = tokenizer_of(data)
-        validation = truncate(validation, int(data.validation_bytes))
-        corpus, length = Corpus.build(train, tokenizer), config.training.length
+        tokenizer, length = tokenizer_of(data), config.training.length
+        corpus = self._corpus(data, tokenizer)
+        validation = truncate(split_documents(data, "validation"), int(data.validation_bytes))
         return TaskData(
             train=self._streams(corpus, config) if data.carry else WindowDataset(corpus.packed(), length),
             validation=WindowDataset(Corpus.build(validation, tokenizer).packed(), length),
             tokenizer=tokenizer,
             ordered=data.carry,
         )
+
+    def _corpus(self, data: LanguageData, tokenizer: Any) -> Any:
+        """What is trained on: the tokens of `titans prepare` where they lie, or the text in memory."""
+        from titans.training.prepared import PreparedCorpus, is_prepared
+        from titans.training.text import expand, split_documents
+        from titans.training.tokens import Corpus
+
+        if data.train is None or not is_prepared(expand(data.train)):
+            return Corpus.build(split_documents(data, "train"), tokenizer)
+        for split in ("validation", "test"):
+            mend = f"a text of its own: data.train={data.train!r} holds tokens, of which no text can be held out"
+            require(getattr(data, split) is not None, f"data.{split}", None, mend)
+        return PreparedCorpus(expand(data.train), tokenizer)
 
     def _streams(self, corpus: Any, config: TrainConfig) -> Any:
         from titans.training.carried import DocumentStreams

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from titans.training.prepared import PreparedCorpus
 from titans.training.tokens import Corpus
 
 
@@ -28,7 +29,7 @@ class DocumentStreams(Dataset):
         seed: of the order.
     """
 
-    def __init__(self, corpus: Corpus, length: int, streams: int, count: int, seed: int):
+    def __init__(self, corpus: Corpus | PreparedCorpus, length: int, streams: int, count: int, seed: int):
         self.corpus, self.length = corpus, length
         rest: list[Iterator[tuple[int, int]]] = [iter(())] * streams
         order = self._order(seed)

@@ -59,8 +59,9 @@ class TextData:
     """Where text comes from. Environment variables in paths are expanded."""
 
     train: str | None = option(
-        None, "text file, folder, .jsonl, FASTA (also .gz, .xz) or data set; by default Python's own standard library"
-    )
+        None, "text file, folder, .jsonl, FASTA (also .gz, .xz) or data set, in the task language also a folder of "
+        "`titans prepare`; by default Python's own standard library"
+    )  # fmt: skip
     validation: str | None = option(None, "the same; by default the last 5 % of the training text")
     test: str | None = option(None, "the same; by default 5 % of the training text, before the validation text")
     tokenizer: str | None = option(

@@ -14,7 +14,6 @@ import yaml
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from safetensors.torch import load_model
-from torch import nn
 from transformers import AutoConfig, AutoModel, PrinterCallback, TrainingArguments
 
 from titans.training.callbacks import Clock, MetricsFile, ProgressBar, TensorBoard

@@ -11,11 +11,11 @@ import os
 import re
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from titans.training.nucleotides import nucleotides
 
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+Opener = Callable[[Path], IO[bytes]]
+
+TOKENS = "tokens.bin"  # marks a folder of `titans prepare`
+_UNPACKERS = {".gz": gzip.open, ".xz": lzma.open}
 _FASTA = (".fa", ".fasta", ".fna")
 _BLOCK = 2**16  # characters of a block of text, without the rest of its last line
 _DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -33,34 +36,14 @@ _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages
 
 
 def read_documents(source: str | os.PathLike, text_field: str = "text") -> Iterator[str]:
-    """The documents of a text, JSON-lines or FASTA file, a folder or a Hugging Face data set, in a fixed order.
-
-    Args:
-        source: a text file (any utf-8), a `.jsonl` or a FASTA file (a record is a document), each also as `.gz` or
-            `.xz`; a folder (all files below it, sorted, binary ones skipped with a warning; or a data set saved by
-            `datasets`); or a data set's name, `name` or `name:split` (split "train" by default).
-        text_field: the field of a JSON line or data set row that holds the text.
+    """The documents of `stream_documents`, each in one piece; those without text are left out.
 
     Raises:
-        FileNotFoundError: nothing of that name.
-        ValueError: an empty or binary file, a line without the field, no document at all.
-        ImportError: a data set was asked for and `datasets` is not installed.
+        ValueError: no document at all; else as `stream_documents`.
     """
-    path = Path(source)
-    if path.is_dir():
-        saved = (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()
-        documents = _read_dataset(str(path), text_field) if saved else _read_folder(path, text_field)
-    elif path.exists():
-        documents = _read_file(path, text_field)
-    elif _is_dataset_name(str(source)):
-        documents = _read_dataset(str(source), text_field)
-    else:
-        raise FileNotFoundError(
-            f"source={str(source)!r} does not exist; give a text file, a folder, a .jsonl file or a data set's name"
-        )
     found = False
-    for document in documents:
-        if document:
+    for blocks in stream_documents(source, text_field):
+        if document := "".join(blocks):
             found = True
             yield document
     if not found:
@@ -72,17 +55,21 @@ def _is_dataset_name(source: str) -> bool:
     saved, colon, _ = source.rpartition(":")
     if colon and Path(saved).is_dir():
         return True
-    files = {".txt", ".md", ".py", ".json", ".jsonl", ".csv", *_FASTA, *_OPENERS}
+    files = {".txt", ".md", ".py", ".json", ".jsonl", ".csv", *_FASTA, *_UNPACKERS}
     return bool(_DATASET_NAME.fullmatch(source)) and Path(source).suffix.lower() not in files
 
 
+def _open(path: Path) -> IO[bytes]:
+    return path.open("rb")
+
+
 @contextmanager
-def _open_text(path: Path, newline: str = "\n") -> Iterator[TextIO]:
+def _open_text(path: Path, opened: Opener, newline: str = "\n") -> Iterator[TextIO]:
     """A file's text, unpacked, its line ends as they are; what cannot be read is a ValueError."""
-    opener: Any = _OPENERS.get(path.suffix, open)
+    unpack: Any = _UNPACKERS.get(path.suffix, nullcontext)
     try:
-        with opener(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline) as file:
-            yield file
+        with opened(path) as file, unpack(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline=newline) as text:
+            yield text
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a readable {path.suffix} file ({error}); pack it again") from error
     except UnicodeDecodeError as error:
@@ -98,7 +85,7 @@ def _text(path: Path, piece: str) -> str:
 def _suffix(path: str | os.PathLike) -> str:
     """`.jsonl` of `a.jsonl` and of `a.jsonl.gz`."""
     path = Path(path)
-    return Path(path.stem).suffix if path.suffix in _OPENERS else path.suffix
+    return Path(path.stem).suffix if path.suffix in _UNPACKERS else path.suffix
 
 
 def is_fasta(path: str | os.PathLike) -> bool:
@@ -106,7 +93,7 @@ def is_fasta(path: str | os.PathLike) -> bool:
     return _suffix(path) in _FASTA
 
 
-def read_fasta(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
+def read_fasta(path: str | os.PathLike, opened: Opener = _open) -> Iterator[tuple[str, str]]:
     """The name (the first word after `>`) and the sequence (A, C, G, T, N) of every record, one at a time.
 
     Raises:
@@ -117,7 +104,7 @@ def read_fasta(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
         from Bio.SeqIO.FastaIO import SimpleFastaParser  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("reading FASTA files needs `biopython`: pip install 'titans[dna]'") from error
-    with _open_text(Path(path)) as file:
+    with _open_text(Path(path), opened) as file:
         first = next((line for line in file if line.strip()), "")
         if not first.startswith(">"):  # the parser would pass over all before the first record
             raise ValueError(f"{path} does not begin with a FASTA record; give it a line of `>` and a name")
@@ -136,7 +123,7 @@ def read_csv(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
     """
     csv.field_size_limit(2**31 - 1)  # a cell may hold a chromosome
     header, count = None, 0
-    with _open_text(Path(path), newline="") as file:
+    with _open_text(Path(path), _open, newline="") as file:
         reader = csv.reader(_text(Path(path), line) for line in file)
         for cells in filter(None, reader):
             header, count = header or cells, count + 1
@@ -152,46 +139,77 @@ def read_csv(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
         raise ValueError(f"{path} has a line of names and nothing below it; give it lines")
 
 
-def stream_documents(source: str | os.PathLike, text_field: str = "text") -> Iterator[Iterator[str]]:
-    """The documents of a file, each as blocks of text, at constant memory: the file may be of any size.
+def stream_documents(
+    source: str | os.PathLike, text_field: str = "text", opened: Opener = _open
+) -> Iterator[Iterator[str]]:
+    """The documents of a file, a folder or a Hugging Face data set, in a fixed order, each as `blocks` of its text.
 
-    A block is whole lines of about 64 Ki characters (a line longer than that is cut), and the blocks of a file are the
-    same every time. Of a `.jsonl` file every line is a document, and a block, of a FASTA file every record. A document
-    is to be used up before the next.
+    At constant memory: a file may be of any size. A document is to be used up before the next.
 
     Args:
-        source, text_field: as in `read_documents`, a file.
+        source: a text file (any utf-8), a `.jsonl` or a FASTA file (a record is a document), each also as `.gz` or
+            `.xz`; a folder (all files below it, sorted, binary ones skipped with a warning; or a data set saved by
+            `datasets`); or a data set's name, `name` or `name:split` (split "train" by default).
+        text_field: the field of a JSON line or data set row that holds the text.
+        opened: opens a file to be read, in place of `open`.
 
     Raises:
-        ValueError: as `read_documents`, when what is wrong is met.
+        FileNotFoundError: nothing of that name.
+        ValueError: an empty or binary file, a line without the field, a folder of tokens; when it is met.
+        ImportError: a data set was asked for and `datasets` is not installed.
     """
     path = Path(source)
-    if is_fasta(path):
-        yield from (iter([sequence]) for _, sequence in read_fasta(path))
-    elif _suffix(path) == ".jsonl":
-        with _open_text(path) as file:
-            yield from (iter([text]) for text in _read_json_lines(path, file, text_field))
-    else:
-        yield _blocks(path)
+    if (path / TOKENS).exists():
+        raise ValueError(
+            f"source={str(source)!r} holds tokens of `titans prepare`, no text; data.train of the task language takes "
+            "it, everything else needs the text"
+        )
+    if path.is_dir():
+        saved = (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()
+        return _read_dataset(str(path), text_field) if saved else _read_folder(path, text_field, opened)
+    if path.exists():
+        return _read_file(path, text_field, opened)
+    if _is_dataset_name(str(source)):
+        return _read_dataset(str(source), text_field)
+    raise FileNotFoundError(
+        f"source={str(source)!r} does not exist; give a text file, a folder, a .jsonl file or a data set's name"
+    )
+
+
+def blocks(text: TextIO) -> Iterator[str]:
+    """A text as whole lines of about 64 Ki characters (a line longer than that is cut): the same every time."""
+    while block := text.read(_BLOCK) + text.readline(_BLOCK):
+        yield block
+
+
+def blocks_of(document: str) -> Iterator[str]:
+    """`blocks` of a text in memory."""
+    return blocks(io.StringIO(document, newline="\n"))
 
 
 def read_text(path: Path) -> str:
     """A utf-8 file, also .gz or .xz, without a byte order mark; ValueError if it is damaged, empty or not text."""
-    return "".join(_blocks(path))
+    return "".join(_blocks(path, _open))
 
 
-def _blocks(path: Path) -> Iterator[str]:
+def _blocks(path: Path, opened: Opener) -> Iterator[str]:
     empty = True
-    with _open_text(path) as file:
-        while block := file.read(_BLOCK) + file.readline(_BLOCK):
+    with _open_text(path, opened) as file:
+        for block in blocks(file):
             empty = False
             yield _text(path, block)
     if empty:
         raise ValueError(f"{path} is empty; give a file with text in it")
 
 
-def _read_file(path: Path, text_field: str) -> Iterator[str]:
-    return ("".join(document) for document in stream_documents(path, text_field))
+def _read_file(path: Path, text_field: str, opened: Opener) -> Iterator[Iterator[str]]:
+    if is_fasta(path):
+        yield from (blocks_of(sequence) for _, sequence in read_fasta(path, opened))
+    elif _suffix(path) == ".jsonl":
+        with _open_text(path, opened) as file:
+            yield from map(blocks_of, _read_json_lines(path, file, text_field))
+    else:
+        yield _blocks(path, opened)
 
 
 def _read_json_lines(path: Path, lines: Iterable[str], text_field: str) -> Iterator[str]:
@@ -211,26 +229,33 @@ def _read_json_lines(path: Path, lines: Iterable[str], text_field: str) -> Itera
         yield row[text_field]
 
 
-def _read_folder(folder: Path, text_field: str) -> Iterator[str]:
+def files_of(folder: Path) -> list[Path]:
+    """The files below a folder that are not empty, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+
+
+def _read_folder(folder: Path, text_field: str, opened: Opener) -> Iterator[Iterator[str]]:
     binary = 0
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        if path.stat().st_size == 0:
-            continue
-        if is_fasta(path):
-            yield from _read_file(path, text_field)
-            continue
-        try:
-            text = read_text(path)
-        except ValueError:
+    for path in files_of(folder):
+        if is_fasta(path) or _is_text(path):  # a FASTA file that is none is an error
+            yield from _read_file(path, text_field, opened)
+        else:
             binary += 1
-            continue
-        is_json_lines = ".jsonl" in path.suffixes
-        yield from _read_json_lines(path, text.split("\n"), text_field) if is_json_lines else [text]
     if binary:
         logger.warning("%s: skipped %d files that are not utf-8 text", folder, binary)
 
 
-def _read_dataset(source: str, text_field: str) -> Iterator[str]:
+def _is_text(path: Path) -> bool:
+    """Reads all of a file: what is not text may come late, when the document has begun to be used."""
+    try:
+        for _ in _blocks(path, _open):
+            pass
+    except ValueError:
+        return False
+    return True
+
+
+def _read_dataset(source: str, text_field: str) -> Iterator[Iterator[str]]:
     try:
         import datasets
     except ImportError as error:
@@ -256,7 +281,7 @@ def _read_dataset(source: str, text_field: str) -> Iterator[str]:
             f"source={source!r} has no column {text_field!r}; it has {rows.column_names}, "
             "name one of them with text_field"
         )
-    return (row[text_field] for row in rows)
+    return (blocks_of(row[text_field]) for row in rows)
 
 
 def stdlib_documents(split: str) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Tokens and windows: tokenizers of bytes and nucleotides, tokenized documents, packed training windows."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -16,7 +17,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from titans.training.config import TextData
 from titans.training.nucleotides import NUCLEOTIDES, READ_AS, nucleotides
-from titans.training.text import expand, is_fasta
+from titans.training.text import blocks_of, expand, is_fasta
 
 Tokenizer = Any  # a PreTrainedTokenizerBase: the library's own types promise less than it returns
 
@@ -102,17 +103,26 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     }
 
 
+def digest(tokenizer: Tokenizer) -> str:
+    """sha256 of all that decides which ids a text becomes, the end-of-text token included."""
+    return hashlib.sha256(f"{tokenizer.eos_token_id} {tokenizer.backend_tokenizer.to_str()}".encode()).hexdigest()
+
+
 def encode(tokenizer: Tokenizer, documents: list[str]) -> list[np.ndarray]:
-    """Token ids of each document, uint16 or uint32 [tokens], without special tokens."""
-    return list(map(encoder(tokenizer), documents))
+    """Token ids of each document [tokens], of the type of `encoder`, without special tokens.
+
+    A document is tokenized in `blocks_of` it, as where it is streamed: its ids are the same everywhere.
+    """
+    of_block = encoder(tokenizer)
+    return [np.concatenate([*map(of_block, blocks_of(document)), of_block("")]) for document in documents]
 
 
 def encoder(tokenizer: Tokenizer) -> Callable[[str], np.ndarray]:
-    """A function from a text to its token ids, uint16 or uint32 [tokens], without special tokens.
+    """A function from a text to its token ids [tokens], without special tokens: uint8, uint16 or uint32, as fits.
 
     That of nucleotides raises ValueError at a letter that is none.
     """
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    dtype = np.min_scalar_type(len(tokenizer) - 1)
     if is_bytes(tokenizer):
         # A table look-up: the tokenizer itself would take minutes for a shelf of books.
         vocabulary, letters = tokenizer.get_vocab(), bytes_to_unicode()
@@ -164,7 +174,7 @@ def stream(tokenizer: Tokenizer, documents: Iterable[Iterable[str]], size: int) 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenized documents. `ids` is one uint16 or uint32 array a document; the sizes are those of the text itself."""
+    """Tokenized documents. `ids` is one array of `encode` a document; the sizes are those of the text itself."""
 
     ids: list[np.ndarray]
     eos_token_id: int
