@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -74,8 +75,15 @@ def train_in_child(config):
     run(config, resume=(Path(config.output) / "config.yaml").exists())
 
 
+def writes(part, began):
+    """Whether a checkpoint is being written by who began then, and not by one that was killed before."""
+    with suppress(FileNotFoundError):  # it may become a checkpoint at any time
+        return any(part.glob("*")) and part.stat().st_mtime > began
+    return False
+
+
 def kill_until_done(config, kills, seed):
-    """Begins and resumes a run, killed (SIGKILL) after random steps and a random part of a step; then to its end.
+    """Begins and resumes a run, killed (SIGKILL) after random steps, while it writes or anywhen; then to its end.
 
     Returns what lay in the folder of the checkpoints after each kill.
     """
@@ -83,12 +91,14 @@ def kill_until_done(config, kills, seed):
     context.set_forkserver_preload(["pytest", "titans.training.run", "titans.training.carried", "matplotlib.figure"])
     rng, checkpoints, found = random.Random(seed), Path(config.output) / "checkpoints", []
     for step in [*sorted(rng.choices(range(config.training.steps), k=kills)), None]:
-        child = context.Process(target=train_in_child, args=(config,))
+        began, child = time.time(), context.Process(target=train_in_child, args=(config,))
         child.start()
         while step is not None and child.is_alive():
             steps = [int(path.name.partition("-")[2]) for path in checkpoints.glob("checkpoint-*")]
             if max(steps, default=0) >= step:
-                time.sleep(rng.uniform(0, 0.2))
+                while len(found) % 2 == 0 and child.is_alive() and not writes(checkpoints / ".part", began):
+                    time.sleep(0.0001)
+                time.sleep(rng.uniform(0, 0.02 if len(found) % 2 == 0 else 0.2))
                 child.kill()
                 break
             time.sleep(0.001)
@@ -159,6 +169,7 @@ DAMAGE = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_broken_checkpoint_is_named_and_the_one_before_it_taken(checkpoints, caplog, name):
     damage, message = DAMAGE[name]
+    shutil.copytree(checkpoints / "checkpoint-8", checkpoints / "checkpoint-mine")  # somebody's copy is none of ours
     assert last_checkpoint(checkpoints.parent) == str(checkpoints / "checkpoint-16")
     damage(checkpoints / "checkpoint-16")
     assert last_checkpoint(checkpoints.parent) == str(checkpoints / "checkpoint-8")
@@ -166,7 +177,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_taken(checkpoints, c
 
 
 def test_no_checkpoint_at_all_and_none_that_is_whole(checkpoints):
-    for path in checkpoints.glob("checkpoint-*"):
+    for path in checkpoints.iterdir():
         flip(path / "model.safetensors")
     with pytest.raises(
         ValueError, match=r"no checkpoint of .* is whole \(.*16.*8/model.*delete .*checkpoints to begin"

@@ -55,7 +55,8 @@ def last_checkpoint(run: Path) -> str | None:
 
 
 def _newest_first(checkpoints: Path) -> list[Path]:
-    return sorted(checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step, reverse=True)
+    named = checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    return sorted((path for path in named if path.name.rpartition("-")[2].isdigit()), key=_step, reverse=True)
 
 
 def _step(checkpoint: Path) -> int:

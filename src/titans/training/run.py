@@ -54,7 +54,6 @@ def train(
     model = task.build_model(config, data)
     if config.training.start_from is not None:
         _load_weights(model, config.training.start_from)
-    write_atomically(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
     _check_enough(config, data)
     clock, tokens_per_step = Clock(), config.training.tokens_per_step
     trainer = RunTrainer(
@@ -66,6 +65,8 @@ def train(
         callbacks=[clock, MetricsFile(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard")],
         skip_nonfinite=config.training.skip_nonfinite,
     )
+    if trainer.is_world_process_zero():
+        write_atomically(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
     trainer.remove_callback(PrinterCallback)
     if progress:
         trainer.add_callback(ProgressBar(clock, tokens_per_step))
@@ -137,6 +138,7 @@ def _arguments(config: TrainConfig, data: TaskData, folder: Path) -> TrainingArg
         adam_beta2=0.95,
         max_grad_norm=training.max_grad_norm,
         bf16=training.bf16,
+        use_cpu=not torch.accelerator.is_available(),
         seed=training.seed,
         train_sampling_strategy="sequential" if data.ordered else "random",
         eval_strategy="steps",
@@ -168,7 +170,7 @@ def _memory_hint(config: TrainConfig) -> Iterator[None]:
         training = config.training
         raise MemoryError(
             f"out of memory ({error}); halve training.batch_size (now {training.batch_size}) and double "
-            f"training.gradient_accumulation (now {training.gradient_accumulation}), which trains the same, or lower "
+            f"training.gradient_accumulation (now {training.gradient_accumulation}) for steps of one size, or lower "
             f"training.length (now {training.length}) or a large model.chunk_size"
         ) from error
 
