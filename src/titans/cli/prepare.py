@@ -18,16 +18,23 @@ def main(arguments: list[str]) -> None:
         epilog=EXAMPLES,
         exit_on_error=False,
     )
-    parser.add_argument("data", type=str, help="text file, folder, .jsonl (also .gz, .xz) or data set")
+    parser.add_argument("data", type=str, help="text file, folder, .jsonl, FASTA (also .gz, .xz) or data set")
     parser.add_argument("-o", "--output", type=str, required=True, help="folder to make")
-    parser.add_argument("--tokenizer", type=str, default="bytes", help="'bytes', or a folder with a tokenizer")
+    parser.add_argument(
+        "--tokenizer",
+        type=str | None,
+        default=None,
+        help="'bytes', 'nucleotide', or a folder with a tokenizer; by default nucleotide for a FASTA file, else bytes",
+    )
     parser.add_argument("--text-field", type=str, default="text", help="field of lines and rows that holds the text")
     options = parse(parser, arguments)
 
     quiet_libraries()
+    from titans.training.config import TextData
     from titans.training.prepared import prepare
-    from titans.training.tokens import load_tokenizer
+    from titans.training.tokens import tokenizer_of
 
-    counts = prepare(options.data, options.output, load_tokenizer(options.tokenizer), text_field=options.text_field)
+    tokenizer = tokenizer_of(TextData(train=options.data, tokenizer=options.tokenizer))
+    counts = prepare(options.data, options.output, tokenizer, text_field=options.text_field)
     sizes = f"{counts.documents:,} documents, {counts.bytes:,} bytes of text, {counts.tokens:,} tokens"
     print(f"{options.output}: {sizes}")
