@@ -143,7 +143,8 @@ class NeuralMemory(nn.Module):
             y [B, T, dim] and the state after the last token (and the dict).
 
         Raises:
-            ValueError: x has a wrong width or holds NaN or infinity (a memory would keep it for ever).
+            ValueError: x has a wrong width or holds NaN or infinity (a memory would keep it for ever). Where gradients
+                flow into x, NaN goes through instead, to the loss.
         """
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be [batch, length, dim={self.dim}], got {list(x.shape)}")
