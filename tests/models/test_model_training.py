@@ -54,6 +54,18 @@ def test_checkpointing_recomputes(variant):
     assert len(calls) == 2
 
 
+def test_price_of_writing_in_accumulated_batches():
+    """The losses of a batch's rows, as the Trainer accumulates them, add up to the batch's."""
+    model = TitansForCausalLM(config("lmm", memory_gate="write", memory_write_price=0.1)).train()
+    x = ids()
+    labels = x.clone()
+    labels[0, : x.shape[1] // 2] = -100
+    items = (labels[:, 1:] != -100).sum()
+    rows = [model(x[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=items).loss for i in range(len(x))]
+    assert len(rows) > 1
+    assert_equal(sum(rows), model(x, labels=labels, num_items_in_batch=items).loss)
+
+
 @variants
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_price_of_writing(variant, checkpointing):

@@ -189,7 +189,10 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             if price:
-                loss = loss + price * torch.cat([writes(z).flatten() for z in gates]).mean()
+                # The Trainer adds the losses of accumulated batches up: each pays by its share of their targets
+                items = kwargs.get("num_items_in_batch")
+                share = 1.0 if items is None else (labels[:, 1:] != -100).sum() / items
+                loss = loss + price * share * torch.cat([writes(z).flatten() for z in gates]).mean()
         return CausalLMOutputWithPast(loss=loss, logits=logits, cache=out.cache, hidden_states=out.hidden_states)
 
     @torch.no_grad()
