@@ -8,7 +8,7 @@ from titans.training.config import config_parser, load_yaml, parse_config
 
 USAGE = "titans train [CONFIG.yaml] [--data FILE or FOLDER] [--output FOLDER] [--key value ...] | --resume RUN"
 DESCRIPTION = """Trains a model. Without arguments: a small byte-level Titans (MAC) on the source code of Python's
-standard library, in three to four minutes on two cores. Every key may stand in CONFIG.yaml or be given as an option."""
+standard library, in about three minutes on two cores. Every key may stand in CONFIG.yaml or be given as an option."""
 EXAMPLES = """examples:
   titans train
   titans train --data book.txt --output runs/book
