@@ -23,7 +23,7 @@ commands:
 {chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
 
 examples:
-  titans train                                  three to four minutes on two cores
+  titans train                                  about three minutes on two cores
   titans train --data my_texts/ --output runs/mine
   titans prepare huge.jsonl.xz -o huge.tokens
   titans generate runs/mine --prompt "def main("

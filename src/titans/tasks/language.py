@@ -54,7 +54,7 @@ class Language:
     higher_is_better = False
 
     def preset(self) -> dict[str, Any]:
-        """A small byte-level MAC on the standard library's source: three to four minutes on two cores."""
+        """A small byte-level MAC on the standard library's source: about three minutes on two cores."""
         return {
             "model": {
                 "type": "titans",
