@@ -7,7 +7,7 @@ from titans.cli.common import parse, quiet_libraries
 from titans.training.config import ConfigParser
 
 EXAMPLES = """examples:
-  titans eval forecasting --dataset ETTm1 --data ETTm1.csv --json etm1.json
+  titans eval forecasting --dataset ETTm1 --data ETTm1.csv --json ettm1.json
   titans eval forecasting --dataset ETTh1 --data ETTh1.csv --models titans dlinear --horizons 96 192 --seeds 1
 Interrupted, the same command goes on where it stopped.
 """
@@ -39,8 +39,8 @@ def main(arguments: list[str]) -> None:
 
     quiet_libraries()
     from titans.tasks import get_task
-    from titans.training.callbacks import write_atomically
     from titans.training.compare import Experiment, compare
+    from titans.training.files import write_atomically
 
     results = compare(Experiment.from_dict(experiment), get_task("forecasting"))
     if options.json:
