@@ -20,7 +20,7 @@ from titans.memory.pieces import align, check_mask, take
 from titans.models import TitansConfig, TitansForSequenceClassification
 from titans.models.classification import mean_of_tokens
 from titans.training.config import check_settings, nearest, refusals, require
-from titans.training.models import MODEL_TYPES, baseline_config, started
+from titans.training.models import MODEL_TYPES, baseline_config, started, token_settings
 
 
 class ConvolutionsConfig(PreTrainedConfig):
@@ -160,8 +160,7 @@ def build_classifier(
     fields = dict(spec)
     kind = fields.pop("type", "titans")
     require(kind in CLASSIFIER_TYPES, "model.type", kind, nearest(kind, CLASSIFIER_TYPES))
-    fields |= {"vocab_size": vocab_size, "bos_token_id": eos_token_id, "eos_token_id": eos_token_id,
-               "pad_token_id": pad_token_id}  # fmt: skip
+    fields |= token_settings(vocab_size, eos_token_id, pad_token_id)
     named: dict[str, Any] = {
         "id2label": dict(enumerate(classes)),
         "label2id": {label: number for number, label in enumerate(classes)},

@@ -71,12 +71,7 @@ def build_model(
     """
     fields = dict(spec)
     kind = fields.pop("type", "titans")
-    fields |= {
-        "vocab_size": vocab_size,
-        "bos_token_id": eos_token_id,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": pad_token_id,
-    }
+    fields |= token_settings(vocab_size, eos_token_id, pad_token_id)
     set_seed(seed)
     if kind == "titans":
         from titans.models import TitansConfig, TitansForCausalLM
@@ -89,6 +84,16 @@ def build_model(
     model_class = getattr(importlib.import_module(f"transformers.models.{module_name}"), model_name)
     with refusals(spec, type(config).__name__):
         return model_class(config)
+
+
+def token_settings(vocab_size: int, eos_token_id: int, pad_token_id: int) -> dict[str, int]:
+    """What every configuration says of token ids: the id that ends a text also begins one."""
+    return {
+        "vocab_size": vocab_size,
+        "bos_token_id": eos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+    }
 
 
 def baseline_config(kind: str, fields: dict[str, Any]) -> PreTrainedConfig:
