@@ -68,8 +68,7 @@ def test_windows_read_as_their_document(variant):
     data, cache, logits = streams(), TitansCache(2), []
     for i in range(0, 30, 3):
         batch = {name: torch.stack([data[i + row][name] for row in range(3)]) for name in data[0]}
-        cache.restart(batch["begins"], model.model.layers)
-        logits.append(model(batch["input_ids"], cache=cache, use_cache=True).logits.detach())
+        logits.append(model(batch["input_ids"], cache=cache, use_cache=True, begins=batch["begins"]).logits.detach())
         cache.detach_()
     for row in range(3):
         places = data.places[row:30:3]

@@ -1,10 +1,11 @@
 """titans train"""
 
 import datetime
+import os
 from pathlib import Path
 
 from titans.cli.common import data_option, quiet_libraries, take
-from titans.training.config import config_parser, load_yaml, parse_config
+from titans.training.config import config_parser, load_yaml, parse_config, require
 
 USAGE = "titans train [CONFIG.yaml] [--data FILE or FOLDER] [--output FOLDER] [--key value ...] | --resume RUN"
 DESCRIPTION = """Trains a model. Without arguments: a small byte-level Titans (MAC) on the source code of Python's
@@ -41,6 +42,8 @@ def main(arguments: list[str]) -> None:
         task, prog="titans train", usage=USAGE, description=DESCRIPTION, epilog=EXAMPLES, exit_on_error=False
     )
     config = parse_config(task, arguments=arguments, parser=parser)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    require(bool(config.output) or not several, "output", config.output, "--output FOLDER: several processes share it")
     config.output = config.output or f"runs/{task.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if resume is None and (Path(config.output) / "config.yaml").exists():
         raise ValueError(f"output={config.output!r} holds a run already; resume it or use another folder")
@@ -49,6 +52,8 @@ def main(arguments: list[str]) -> None:
     from titans.training.run import train
 
     result = train(config, task, resume=resume is not None)
+    if "metrics" not in result:
+        return  # the first of several processes reports
     print(f"\n{result['parameters']:,} parameters, {result['tokens_per_second']:,.0f} tokens/s\n")
     print(task.report(result["metrics"]))
     print(f"\nThe run's folder {config.output}:")

@@ -13,8 +13,9 @@ from titans.memory.pieces import align, check_mask, take
 class Block(nn.Module):
     """``x + mix(norm(x))``, then ``x + feed_forward(norm(x))``; subclasses write ``mix``.
 
-    ``forward(x, state=None, mask=None) -> (y, state)`` with x, y [B, T, dim], ``state`` what an earlier call returned,
-    and ``mask`` [B, T] zero at padding, which may stand anywhere and changes nothing.
+    ``forward(x, state=None, mask=None, begins=None) -> (y, state)`` with x, y [B, T, dim], ``state`` what an earlier
+    call returned, ``mask`` [B, T] zero at padding, which may stand anywhere and changes nothing, and ``begins`` [B] true
+    where a row does not go on from ``state`` but begins anew.
     """
 
     def __init__(self, dim: int, intermediate_size: int):
@@ -23,10 +24,15 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(dim, eps=1e-6, bias=False)
         self.feed_forward = FeedForward(dim, intermediate_size)
 
-    def forward(self, x: Tensor, state: Any = None, mask: Tensor | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: Any = None, mask: Tensor | None = None, begins: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         mask = check_mask(mask, *x.shape[:2])
         require_finite(x, mask)
-        state = self.initial_state(x.shape[0]) if state is None else state
+        if state is None:
+            state = self.initial_state(x.shape[0])
+        elif begins is not None:  # also where no row does: whatever is learned has a part in every step
+            state = state.where(~begins, self.initial_state(x.shape[0]))
         if mask is None:
             y, state = self.mix(self.mix_norm(x), state, None)
         else:

@@ -45,6 +45,12 @@ class State:
 
         return self.from_tensors({name: choose(name, t) for name, t in self.tensors().items()})
 
+    @classmethod
+    def cat(cls, states: Sequence[Self]) -> Self:
+        """The rows of several states, one after the other."""
+        tensors = [state.tensors() for state in states]
+        return cls.from_tensors({name: torch.cat([t[name] for t in tensors]) for name in tensors[0]})
+
     def detach(self) -> Self:
         """The same numbers without their history: gradients stop here."""
         return self.map(Tensor.detach)

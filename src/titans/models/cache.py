@@ -1,7 +1,7 @@
 """The cache of Titans models: one state a layer, constant in size; its file is a memory to keep."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -125,19 +125,26 @@ class TitansCache(Cache):
         states = (layer.state for layer in self.layers)
         return sum(state.nbytes for state in states if state is not None)
 
+    @property
+    def rows(self) -> int:
+        """Rows of the batch; 0 before the first token."""
+        state = self.layers[0].state
+        return 0 if state is None else len(next(iter(state.tensors().values())))
+
+    @classmethod
+    def cat(cls, caches: "Sequence[TitansCache]") -> "TitansCache":
+        """The rows of several caches, one after the other; all have read as many columns."""
+        joined = cls(len(caches[0].layers))
+        for layer, parts in zip(joined.layers, zip(*(cache.layers for cache in caches), strict=True), strict=True):
+            states = [part.state for part in parts]
+            layer.update(type(states[0]).cat(states), parts[0].length)
+        return joined
+
     def detach_(self) -> "TitansCache":
         """Cuts the history of all states, in place: gradients of later calls stop here."""
         for layer in self.layers:
             layer.detach()
         return self
-
-    def restart(self, rows: Tensor, blocks: Iterable[Block]) -> None:
-        """Puts the rows of the batch where ``rows`` [B] is true back to before the first token, in place.
-
-        ``blocks``: the model's, ``model.model.layers``: where they start belongs to what is learned.
-        """
-        for layer, block in zip(self.layers, blocks, strict=True) if rows.any() else ():
-            layer._change(lambda state, block=block: state.where(~rows, block.initial_state(len(rows))))
 
     def rebase(self) -> "TitansCache":
         """Counts columns anew, in place: what was read is memory, which the ids given to ``generate`` do not hold."""

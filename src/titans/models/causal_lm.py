@@ -90,6 +90,7 @@ class TitansModel(TitansPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        begins: Tensor | None = None,
         **_: object,
     ) -> BaseModelOutputWithPast:
         """Reads tokens, going on from ``cache`` if given.
@@ -99,6 +100,7 @@ class TitansModel(TitansPreTrainedModel):
             attention_mask: [B, T] or [B, past + T], zero at padding; padding changes nothing.
             cache: cache of an earlier call; it is updated in place. None starts from the empty memory.
             use_cache: return a cache; default ``config.use_cache`` outside of training.
+            begins: [B], true where a row does not go on from ``cache`` but begins anew.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -112,15 +114,16 @@ class TitansModel(TitansPreTrainedModel):
         for i, block in enumerate(self.layers):
             hidden_states.append(x)
             layer: Any = None if cache is None else cache.layers[i]
-            stepped = layer.step(block, x) if layer is not None and mask is None and x.shape[1] == 1 else None
+            single = mask is None and begins is None and x.shape[1] == 1
+            stepped = layer.step(block, x) if layer is not None and single else None
             if stepped is not None:
                 x = stepped
                 continue
             state = None if layer is None else layer.state
             if self.gradient_checkpointing and self.training:
-                x, state = self._gradient_checkpointing_func(block.__call__, x, state, mask)
+                x, state = self._gradient_checkpointing_func(block.__call__, x, state, mask, begins)
             else:
-                x, state = block(x, state, mask)
+                x, state = block(x, state, mask, begins)
             if layer is not None:
                 layer.update(state, x.shape[1])
         x = self.norm(x)
@@ -174,6 +177,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         output_hidden_states: bool | None = None,
+        begins: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocab_size] of the next token, and the loss if ``labels`` [B, T] (-100: ignored) are given.
@@ -183,7 +187,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         """
         price = self.config.memory_write_price if self.training and labels is not None else 0.0
         with gates_of(self.model) if price else nullcontext([]) as gates:
-            out = self.model(input_ids, attention_mask, cache, inputs_embeds, use_cache, output_hidden_states)
+            out = self.model(input_ids, attention_mask, cache, inputs_embeds, use_cache, output_hidden_states, begins)
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:] if logits_to_keep else out.last_hidden_state)
         loss = None
         if labels is not None:

@@ -1,13 +1,16 @@
-"""Training with the memory carried: documents read in order, window by window."""
+"""Training with the memory carried: documents read in order, window by window; the memory in a checkpoint."""
 
 from collections.abc import Iterator
 from itertools import repeat
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from titans.models import TitansCache
 from titans.training.prepared import PreparedCorpus
 from titans.training.tokens import Corpus
 
@@ -62,3 +65,30 @@ class DocumentStreams(Dataset):
             "labels": torch.from_numpy(labels),
             "begins": torch.tensor(start == 0),
         }
+
+
+def memory_file(folder: str | Path, process: int) -> Path:
+    """Where a process keeps the memory of its rows of the batch."""
+    return Path(folder) / f"memory-{process}.safetensors"
+
+
+def load_rows(folder: str | Path, rows: range, batch: int, model: Any) -> TitansCache | None:
+    """The memory of some ``rows`` of a batch, from the files of however many processes; None if they had none.
+
+    Raises:
+        ValueError: they hold another number of rows than ``batch``.
+    """
+    files = [memory_file(folder, process) for process in range(len(list(Path(folder).glob("memory-*.safetensors"))))]
+    if not files:
+        return None
+    parts, each = [], batch // len(files)
+    for process, file in enumerate(files):
+        if own := [row - process * each for row in rows if row // each == process]:
+            parts.append(TitansCache.load(file, model))
+            if parts[-1].rows != each:
+                raise ValueError(
+                    f"{folder} holds the memory of {parts[-1].rows * len(files)} rows, but training.batch_size={batch}; "
+                    "go on with the batch size that it was written with"
+                )
+            parts[-1].batch_select_indices(torch.tensor(own))
+    return TitansCache.cat(parts)

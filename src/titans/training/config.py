@@ -77,7 +77,7 @@ class TrainingConfig:
     length: int = option(
         512, "tokens of a training window; in forecasting the look-back, in rows, in dna the longest sequence, in bases"
     )
-    batch_size: int = option(16, "windows of a step, all devices together")
+    batch_size: int = option(16, "windows of a step, all processes together; a multiple of their number")
     gradient_accumulation: int = option(1, "steps whose gradients are added up before the weights move")
     tokens: float = option(
         1e6, "budget: tokens seen in training, in forecasting look-back rows of all windows; may be written 2e6"
@@ -87,6 +87,9 @@ class TrainingConfig:
     weight_decay: float = option(0.1, "of matrices; norms, biases, gates and other vectors have none")
     max_grad_norm: float = option(1.0, "longer gradients are scaled down to this norm")
     bf16: bool = option(False, "bfloat16 autocast; weights, optimizer and memory state stay float32")
+    checkpoint_activations: bool = option(
+        False, "keep what enters a block alone and work the rest out again in the backward pass: less memory, more time"
+    )
     skip_nonfinite: bool = option(
         False, "skip and count steps whose loss or gradient is not finite; otherwise the first one ends the run"
     )

@@ -124,12 +124,17 @@ def _load_weights(model: Any, run: str) -> None:
 def _arguments(config: TrainConfig, data: TaskData, folder: Path) -> TrainingArguments:
     training = config.training
     interval = training.eval_every * (training.steps if training.eval_every <= 1 else 1)
-    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if training.batch_size % processes:
+        raise ValueError(
+            f"training.batch_size={training.batch_size} is no multiple of the {processes} processes among which it is "
+            "divided; use one, or another number of processes"
+        )
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=training.steps,
-        per_device_train_batch_size=max(1, training.batch_size // devices),
-        per_device_eval_batch_size=max(1, training.batch_size // devices),
+        per_device_train_batch_size=training.batch_size // processes,
+        per_device_eval_batch_size=training.batch_size // processes,
         gradient_accumulation_steps=training.gradient_accumulation,
         learning_rate=training.learning_rate,
         lr_scheduler_type="cosine",
@@ -138,6 +143,8 @@ def _arguments(config: TrainConfig, data: TaskData, folder: Path) -> TrainingArg
         adam_beta2=0.95,
         max_grad_norm=training.max_grad_norm,
         bf16=training.bf16,
+        activation_checkpointing=training.checkpoint_activations,
+        ddp_find_unused_parameters=False,  # every parameter has a part in every step
         use_cpu=not torch.accelerator.is_available(),
         seed=training.seed,
         train_sampling_strategy="sequential" if data.ordered else "random",

@@ -14,6 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from titans.memory.state import save_tensors
 from titans.models import TitansCache
+from titans.training.carried import load_rows, memory_file
 from titans.training.checkpoints import checkpoint_name, publish_checkpoint
 from titans.training.files import read_manifest
 
@@ -51,12 +52,9 @@ class RunTrainer(Trainer):
     # The memory carried from batch to batch
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        begins = inputs.pop("begins", None)
-        if begins is None:
+        if "begins" not in inputs:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        blocks = self._titans().model.layers
-        cache = TitansCache(len(blocks)) if self.carried is None else self.carried
-        cache.restart(begins, blocks)
+        cache = TitansCache(len(self._titans().model.layers)) if self.carried is None else self.carried
         loss = super().compute_loss(model, {**inputs, "cache": cache, "use_cache": True}, *args, **kwargs)
         self.carried = cache.detach_()  # gradients stop at a window's start
         return loss
@@ -65,7 +63,7 @@ class RunTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def _memory_file(self, folder: str | Path) -> Path:
-        return Path(folder) / f"memory-{self.args.process_index}.safetensors"
+        return memory_file(folder, self.args.process_index)
 
     # Steps that are not finite
 
@@ -98,6 +96,7 @@ class RunTrainer(Trainer):
             self.log({SKIPPED: step})
             return
         folder = Path(self.args.output_dir or "").parent / f"nonfinite-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
         self.save_model(str(folder), _internal_call=True)
         batches = {name: torch.stack([batch[name] for batch in self._batches]) for name in self._batches[0]}
         save_tensors(batches, folder / f"batches-{self.args.process_index}.safetensors", {"step": str(step)})
@@ -147,8 +146,9 @@ class RunTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if (file := self._memory_file(resume_from_checkpoint)).exists():
-            self.carried = TitansCache.load(file, self._titans())
+        each, process, processes = self._train_batch_size, self.args.process_index, self.args.world_size
+        rows = range(process * each, (process + 1) * each)
+        self.carried = load_rows(resume_from_checkpoint, rows, processes * each, self._titans())
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
