@@ -81,6 +81,20 @@ def test_windows_read_as_their_document(variant):
             assert (carried - whole).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("forget", ["start", "zero"])
+@pytest.mark.parametrize("variant", ["lmm", "mac", "mag", "mal"])
+def test_every_parameter_has_a_part_where_no_document_begins(variant, forget):
+    """Processes that train together wait for the gradient of each."""
+    model = TitansForCausalLM(TitansConfig(
+        variant=variant, vocab_size=END + 1, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, chunk_size=4,
+        segment_length=3, sliding_window=4, num_persistent_tokens=2, memory_forget=forget,
+    ))  # fmt: skip
+    ids, cache = torch.randint(0, END, (2, 12)), TitansCache(2)
+    model(ids, cache=cache, use_cache=True)
+    model(ids, cache=cache.detach_(), labels=ids, begins=torch.zeros(2, dtype=torch.bool)).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
 def config(folder, text, carry: bool = True, kind: str = "titans", **training):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     titans = {"variant": "lmm", "chunk_size": 8} if kind == "titans" else {}

@@ -1,8 +1,10 @@
 """What the commands share."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
+from logging import WARNING, disable
 
 from jsonargparse import ArgumentError, Namespace
 
@@ -11,8 +13,14 @@ from titans.training.task import Task
 
 
 def quiet_libraries() -> None:
-    """Imports transformers without its notices and bars: the commands print their own."""
+    """Imports transformers without its notices and bars: the commands print their own.
+
+    Of several processes the first warns for all.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if os.environ.get("RANK", "0") != "0":
+        warnings.simplefilter("ignore")
+        disable(WARNING)
     from transformers.utils import logging
 
     logging.set_verbosity_error()

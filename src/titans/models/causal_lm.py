@@ -55,7 +55,6 @@ class TitansPreTrainedModel(PreTrainedModel):
     config_class = TitansConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MAC", "MAG", "MAL", "LMM"]  # noqa: RUF012
     _is_stateful = True  # a memory cannot un-read a token: no assisted generation
     _supports_sdpa = True
 
@@ -79,6 +78,7 @@ class TitansModel(TitansPreTrainedModel):
         self.layers = nn.ModuleList([build_block(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=1e-6, bias=False)
         self.gradient_checkpointing = False
+        self._no_split_modules = [type(self.layers[0]).__name__]  # a block's weights travel together
         self.post_init()
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # as every model of transformers

@@ -42,7 +42,8 @@ class Identity:
         digest = hashlib.sha256()
         for name, p in model.named_parameters():
             digest.update(f"{name} {p.dtype} {list(p.shape)}".encode())
-            digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            copy = p.detach().to("cpu", copy=True)  # numpy would hold on to a storage that FSDP2 has to free
+            digest.update(copy.contiguous().flatten().view(torch.uint8).numpy().data)
         return cls(config, digest.hexdigest())
 
     def require(self, other: "Identity", path: str | os.PathLike) -> None:

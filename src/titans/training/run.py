@@ -84,8 +84,13 @@ def train(
         "skipped_steps": sum(SKIPPED in entry for entry in trainer.state.log_history),
         "provenance": provenance(),
     }
+    weights = trainer.whole_weights()
     if not trainer.is_world_process_zero():
         return result
+    if weights is not None:
+        model = task.build_model(config, data)
+        model.load_state_dict(weights)
+        model.to(trainer.args.device)  # type: ignore[arg-type]
     _plot_loss(trainer.state.log_history, folder / "loss.png")
     model.eval()
     if evaluate:
@@ -160,6 +165,7 @@ def _arguments(config: TrainConfig, data: TaskData, folder: Path) -> TrainingArg
         label_names=[data.labels],
         dataloader_drop_last=True,
         report_to="none",
+        log_level_replica="error",
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -62,8 +66,27 @@ class RunTrainer(Trainer):
     def _titans(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
-    def _memory_file(self, folder: str | Path) -> Path:
-        return memory_file(folder, self.args.process_index)
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """All weights, in process 0, where each process holds a share of them (FSDP2); None where it holds them all."""
+        return self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+
+    @contextmanager
+    def _whole_model(self) -> Iterator[Any]:
+        """The model with all of its weights in every process, also where each holds a share of them (FSDP2)."""
+        model = self._titans()
+        sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for module in sharded:
+            module.unshard()
+        try:
+            yield model
+        finally:
+            for module in sharded:
+                module.reshard()
+
+    def _save_memory(self, cache: TitansCache | None, folder: Path) -> None:
+        if cache is not None:
+            with self._whole_model() as model:
+                cache.save_pretrained(memory_file(folder, self.args.process_index), model)
 
     # Steps that are not finite
 
@@ -82,7 +105,8 @@ class RunTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The last word before the optimizer moves the weights."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        values: Any = torch.stack([*self._losses, torch.as_tensor(grad_norm).to(self._losses[0])])
+        norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else torch.as_tensor(grad_norm)
+        values: Any = torch.stack([*self._losses, norm.to(self._losses[0])])
         values = self.accelerator.gather(values)
         if not torch.isfinite(values).all():  # the same in every process
             self._not_finite(model, values)
@@ -97,11 +121,12 @@ class RunTrainer(Trainer):
             return
         folder = Path(self.args.output_dir or "").parent / f"nonfinite-{step}"
         folder.mkdir(parents=True, exist_ok=True)
-        self.save_model(str(folder), _internal_call=True)
+        weights = self.whole_weights()
+        if self.args.should_save:
+            self._save(str(folder), state_dict=weights)
         batches = {name: torch.stack([batch[name] for batch in self._batches]) for name in self._batches[0]}
         save_tensors(batches, folder / f"batches-{self.args.process_index}.safetensors", {"step": str(step)})
-        if self._before is not None:
-            self._before.save_pretrained(self._memory_file(folder), self._titans())
+        self._save_memory(self._before, folder)
         raise FloatingPointError(
             f"step {step} is not finite: losses and gradient norm are {values.tolist()}; {folder} holds its batches "
             f"and the weights before it. Lower training.learning_rate (now {self.args.learning_rate}), lengthen "
@@ -123,8 +148,7 @@ class RunTrainer(Trainer):
                 (part / name).mkdir(parents=True)
             self.accelerator.wait_for_everyone()
             self._run_dir = str(part)
-            if self.carried is not None:
-                self.carried.save_pretrained(self._memory_file(part / name), self._titans())
+            self._save_memory(self.carried, part / name)
             super()._save_checkpoint(model, trial)
             if self.state.best_global_step:
                 self.state.best_model_checkpoint = str(folder / checkpoint_name(self.state.best_global_step))
@@ -148,7 +172,8 @@ class RunTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         each, process, processes = self._train_batch_size, self.args.process_index, self.args.world_size
         rows = range(process * each, (process + 1) * each)
-        self.carried = load_rows(resume_from_checkpoint, rows, processes * each, self._titans())
+        with self._whole_model() as whole:
+            self.carried = load_rows(resume_from_checkpoint, rows, processes * each, whole)
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
