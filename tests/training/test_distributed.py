@@ -25,7 +25,7 @@ FSDP2 = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }  # fmt: skip
-HANGS = 300  # seconds after which processes are taken to wait for each other
+HANGS = 600  # seconds after which processes are taken to wait for each other
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def config(folder, text, variant="mal", carry=True, steps=10, **training):
         "model": {"variant": variant, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
                   "num_attention_heads": 2, "chunk_size": 8, "segment_length": 8, "sliding_window": 8,
                   "num_persistent_tokens": 2},
-        "data": {"train": str(text), "carry": carry},
-        "evaluation": {"lengths": [32], "sample": 4, "max_bytes": 200},
-        "training": {"length": 32, "batch_size": 4, "gradient_accumulation": 2, "tokens": 32 * 8 * steps,
+        "data": {"train": str(text), "carry": carry, "validation_bytes": 200},
+        "evaluation": {"lengths": [16], "sample": 4, "max_bytes": 200},
+        "training": {"length": 16, "batch_size": 4, "gradient_accumulation": 2, "tokens": 16 * 8 * steps,
                      "eval_every": 0.5, **training},
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,8 +76,11 @@ def shard():
 def process(rank, processes, port, environment, commands, log):
     """One of several: runs commands of ours and writes what it prints to a file."""
     torch.set_num_threads(1)
-    several = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in (several if processes > 1 else {}).items()} | environment)
+    if processes > 1:
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+        there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in (own | there).items()})
+    os.environ.update(environment)
     if environment:
         shard()
     with open(f"{log}-{rank}", "w") as out, redirect_stdout(out), redirect_stderr(out):
@@ -123,7 +126,7 @@ def cut(folder, copy):
     """A run as it was at the checkpoint before its last."""
     shutil.copytree(folder, copy)
     (copy / "metrics.jsonl").unlink()
-    first, last = sorted((copy / "checkpoints").iterdir(), key=lambda path: int(path.name.partition("-")[2]))
+    _, last = sorted((copy / "checkpoints").iterdir(), key=lambda path: int(path.name.partition("-")[2]))
     shutil.rmtree(last)
     return copy
 
@@ -181,7 +184,7 @@ def test_what_reproduces_a_step_that_is_not_finite_is_kept(tmp_path, text, fsdp2
     model, losses = TitansForCausalLM.from_pretrained(folder).train(), []
     for rank in range(2):
         batch = {name: t[0] for name, t in load_file(folder / f"batches-{rank}.safetensors").items()}
-        assert batch["input_ids"].shape == (2, 32)
+        assert batch["input_ids"].shape == (2, 16)
         cache = TitansCache.load(memory_file(folder, rank), model)
         losses.append(model(**batch, cache=cache, use_cache=True).loss)
     sum(losses).backward()
@@ -238,6 +241,6 @@ def test_rows_come_from_the_files_that_hold_them(tmp_path, remembered, rows):
 
 
 def test_rows_of_another_batch(tmp_path, remembered):
-    with pytest.raises(ValueError, match=r"holds the memory of 4 rows, but training.batch_size=8"):
+    with pytest.raises(ValueError, match=r"holds the memory of 4 rows, not of training.batch_size=8"):
         load_rows(tmp_path, range(8), 8, remembered[0])
     assert load_rows(tmp_path / "nothing", range(4), 4, remembered[0]) is None

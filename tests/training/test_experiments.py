@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from titans.models import TitansConfig, titans_340m, titans_400m, titans_760m
 from titans.tasks import get_task
 from titans.training.compare import Experiment
 from titans.training.config import load_yaml, parse_config
@@ -13,6 +14,7 @@ from titans.training.tokens import byte_tokenizer, nucleotide_tokenizer
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted((ROOT / "benchmarks").glob("*.yaml"))
+PAPER = {"340m": titans_340m, "400m": titans_400m, "760m": titans_760m}
 RECIPES = sorted(path for path in (ROOT / "checkpoints").glob("*/*.yaml") if path.stem != "config")
 
 
@@ -36,3 +38,13 @@ def test_recipes_of_checkpoints_are_valid(path):
     config = parse_config(get_task(values.pop("task")), values)
     stated = load_yaml(path.parent / "config.yaml")
     assert config.model | {"memory_write_price": None} == stated["model"] | {"memory_write_price": None}
+
+
+@pytest.mark.parametrize("size", PAPER)
+def test_recipes_of_the_papers_sizes(size):
+    """Presets, half a million tokens a step, a batch that eight GPUs divide."""
+    path = ROOT / "examples" / "paper" / f"{size}.yaml"
+    config = parse_config(get_task("language"), arguments=["--config", str(path)])
+    assert TitansConfig(**config.model, vocab_size=32_000).to_dict() == PAPER[size]("mac").to_dict()
+    assert config.training.tokens_per_step == 2**19
+    assert config.training.batch_size % 8 == 0

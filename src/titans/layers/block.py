@@ -14,7 +14,7 @@ class Block(nn.Module):
     """``x + mix(norm(x))``, then ``x + feed_forward(norm(x))``; subclasses write ``mix``.
 
     ``forward(x, state=None, mask=None, begins=None) -> (y, state)`` with x, y [B, T, dim], ``state`` what an earlier
-    call returned, ``mask`` [B, T] zero at padding, which may stand anywhere and changes nothing, and ``begins`` [B] true
+    call returned, ``mask`` [B, T] zero at padding, which may stand anywhere and changes nothing, ``begins`` [B] true
     where a row does not go on from ``state`` but begins anew.
     """
 

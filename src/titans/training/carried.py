@@ -86,9 +86,10 @@ def load_rows(folder: str | Path, rows: range, batch: int, model: Any) -> Titans
         if own := [row - process * each for row in rows if row // each == process]:
             parts.append(TitansCache.load(file, model))
             if parts[-1].rows != each:
+                found = parts[-1].rows * len(files)
+                mend = f"go on with training.batch_size={found}"
                 raise ValueError(
-                    f"{folder} holds the memory of {parts[-1].rows * len(files)} rows, but training.batch_size={batch}; "
-                    "go on with the batch size that it was written with"
+                    f"{folder} holds the memory of {found} rows, not of training.batch_size={batch}; {mend}"
                 )
             parts[-1].batch_select_indices(torch.tensor(own))
     return TitansCache.cat(parts)

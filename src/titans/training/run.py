@@ -135,7 +135,7 @@ def _arguments(config: TrainConfig, data: TaskData, folder: Path) -> TrainingArg
             f"training.batch_size={training.batch_size} is no multiple of the {processes} processes among which it is "
             "divided; use one, or another number of processes"
         )
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=training.steps,
         per_device_train_batch_size=training.batch_size // processes,
@@ -170,6 +170,8 @@ def _arguments(config: TrainConfig, data: TaskData, folder: Path) -> TrainingArg
         remove_unused_columns=False,
         disable_tqdm=True,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a process trains on one GPU; several are for several processes
+    return arguments
 
 
 @contextmanager

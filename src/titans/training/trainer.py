@@ -66,7 +66,7 @@ class RunTrainer(Trainer):
     def _titans(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
-    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+    def whole_weights(self) -> dict[str, Any] | None:
         """All weights, in process 0, where each process holds a share of them (FSDP2); None where it holds them all."""
         return self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
 
