@@ -161,7 +161,9 @@ def test_two_processes_train_as_one(tmp_path, text):
 @pytest.mark.parametrize("fsdp2", [False, True], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fifty_steps(tmp_path, text, variant, fsdp2):
-    check_two_are_one(tmp_path, text, fsdp2, variant=variant, carry=variant in ("lmm", "mal"), steps=50)
+    """At a rate at which training does not blow roundings up: at 2e-3 those of MAC grew to 1.6e-5."""
+    settings = {"carry": variant in ("lmm", "mal"), "steps": 50, "learning_rate": 5e-4}
+    check_two_are_one(tmp_path, text, fsdp2, variant=variant, **settings)
 
 
 @pytest.mark.slow

@@ -87,9 +87,8 @@ def load_rows(folder: str | Path, rows: range, batch: int, model: Any) -> Titans
             parts.append(TitansCache.load(file, model))
             if parts[-1].rows != each:
                 found = parts[-1].rows * len(files)
-                mend = f"go on with training.batch_size={found}"
                 raise ValueError(
-                    f"{folder} holds the memory of {found} rows, not of training.batch_size={batch}; {mend}"
+                    f"{folder} holds the memory of {found} rows, not of training.batch_size={batch}; go on with {found}"
                 )
             parts[-1].batch_select_indices(torch.tensor(own))
     return TitansCache.cat(parts)
