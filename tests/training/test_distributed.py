@@ -177,6 +177,18 @@ def test_with_activations_checkpointed(tmp_path, text, fsdp2):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp2", [False, True], ids=["ddp", "fsdp2"])
+def test_bfloat16_leaves_the_memory_in_float32(tmp_path, text, fsdp2):
+    start(tmp_path / "log", ["train", config(tmp_path / "c", text), "--output", str(tmp_path / "one")], processes=1)
+    path = config(tmp_path, text, bf16=True)
+    start(tmp_path / "log", ["train", path, "--output", str(tmp_path / "two")], fsdp2=fsdp2)
+    memory = load_file(memory_file(tmp_path / "two" / "checkpoints" / "checkpoint-10", 0))
+    assert {t.dtype for name, t in memory.items() if "maps" in name} == {torch.float32}
+    precise, rounded = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert 1e-5 < max(abs(precise[key] - rounded[key]) for key in precise) < 2e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp2", [False, True], ids=["ddp", "fsdp2"])
 def test_what_reproduces_a_step_that_is_not_finite_is_kept(tmp_path, text, fsdp2):
     """All weights, and every process's batches and memory."""
     path = config(tmp_path, text, learning_rate=1e30, warmup=0, max_grad_norm=0, weight_decay=0)

@@ -3,7 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ _NO_DECAY = re.compile(r"(^|\.)(gates_proj|bias|\w*norm\w*|persistent\w*|conv|me
 
 
 class RunTrainer(Trainer):
-    """The Trainer with four differences.
+    """The Trainer with five differences.
 
     Checkpoints are whole or not there. A step whose loss or gradient is not finite never reaches the weights: it stops
     the run and leaves what reproduces it, or is skipped. Gates and norms do not decay. Where a batch says which of its
-    rows begin a document (``DocumentStreams``), the others go on with the memory of the batch before.
+    rows begin a document (``DocumentStreams``), the others go on with the memory of the batch before. Under FSDP2, too,
+    bfloat16 is autocast's, and whatever is written for others to read holds all of the weights.
 
     Args:
         skip_nonfinite: skip steps that are not finite instead of stopping.
@@ -39,6 +40,9 @@ class RunTrainer(Trainer):
 
     def __init__(self, *args: Any, skip_nonfinite: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:  # autocast instead: its own bfloat16 would round M_0 and the states, too
+            plugin: Any = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = None
         self.skip_nonfinite = skip_nonfinite
         self.carried: TitansCache | None = None
         self._before: TitansCache | None = None  # what was carried before the step
@@ -66,13 +70,23 @@ class RunTrainer(Trainer):
     def _titans(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
+    def _save_memory(self, cache: TitansCache | None, folder: Path) -> None:
+        if cache is not None:
+            with self._whole_model() as model:
+                cache.save_pretrained(memory_file(folder, self.args.process_index), model)
+
+    # Weights of which each process holds a share (FSDP2)
+
+    def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> Any:
+        return self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext()
+
     def whole_weights(self) -> dict[str, Any] | None:
-        """All weights, in process 0, where each process holds a share of them (FSDP2); None where it holds them all."""
+        """All weights, in process 0; None where every process holds them all."""
         return self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
 
     @contextmanager
     def _whole_model(self) -> Iterator[Any]:
-        """The model with all of its weights in every process, also where each holds a share of them (FSDP2)."""
+        """The model with all of its weights, in every process."""
         model = self._titans()
         sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for module in sharded:
@@ -82,11 +96,6 @@ class RunTrainer(Trainer):
         finally:
             for module in sharded:
                 module.reshard()
-
-    def _save_memory(self, cache: TitansCache | None, folder: Path) -> None:
-        if cache is not None:
-            with self._whole_model() as model:
-                cache.save_pretrained(memory_file(folder, self.args.process_index), model)
 
     # Steps that are not finite
 
