@@ -10,9 +10,20 @@ from titans.memory import MemoryMLP
 DIM = 16
 LAYERS = ("memory", "lmm", "mac", "mag", "mal")
 BLOCKS = LAYERS[1:]
-# (chunk, segment or window, persistent tokens)
-SIZES = {"3 in 8": (3, 8, 2), "4 in 8": (4, 8, 0), "8 over 5": (8, 5, 3), "1 in 4": (1, 4, 1), "window 1": (4, 1, 1)}
-CASES = [("memory", "3 in 8"), ("lmm", "3 in 8"), *((b, s) for b in ("mac", "mag", "mal") for s in SIZES)]
+# (chunk, segment or window, persistent tokens, heads of queries and keys for the two memories)
+SIZES = {
+    "3 in 8": (3, 8, 2, 2),
+    "4 in 8": (4, 8, 0, 1),
+    "8 over 5": (8, 5, 3, 1),
+    "1 in 4": (1, 4, 1, 2),
+    "window 1": (4, 1, 1, 2),
+}
+CASES = [
+    ("memory", "3 in 8"),
+    ("memory", "4 in 8"),
+    ("lmm", "3 in 8"),
+    *((b, s) for b in ("mac", "mag", "mal") for s in SIZES),
+]
 
 
 def build(
@@ -27,10 +38,10 @@ def build(
 ) -> nn.Module:
     """A layer with every parameter away from its start, so that nothing is zero or one by chance."""
     torch.manual_seed(seed)
-    chunk, reach, persistent = SIZES[size]
+    chunk, reach, persistent, key_heads = SIZES[size]
     memory = NeuralMemory(
-        DIM, heads=2, chunk_size=chunk, network=network or MemoryMLP(expansion=2), gate=gate, conv_size=conv_size,
-        max_lr=0.05, backend=backend,
+        DIM, heads=2, key_heads=key_heads, chunk_size=chunk, network=network or MemoryMLP(expansion=2), gate=gate,
+        conv_size=conv_size, max_lr=0.05, backend=backend,
     )  # fmt: skip
     common = {"num_attention_heads": 2, "num_persistent_tokens": persistent, "intermediate_size": 24}
     layer: nn.Module = memory

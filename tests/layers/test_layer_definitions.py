@@ -107,3 +107,30 @@ def test_attention_does_not_reach_past_its_window():
     y, z = (block.attention(t, block.attention.initial_state(2), None)[0] for t in (x, other))
     moved = (y != z).any(-1).any(0)
     assert moved.tolist() == [3 <= t < 3 + 8 for t in range(T)]
+
+
+def test_shared_keys_are_equal_keys():
+    """One head of queries and keys for two memories is two heads with the same projection and convolution."""
+    shared, own = build("memory", "4 in 8"), build("memory", "1 in 4")
+    own.chunk_size, inner = shared.chunk_size, 2 * shared.head_dim
+    parts = shared.head_dim, shared.head_dim, inner
+    with torch.no_grad():
+        for mine, theirs, axis in ((own.qkv_proj, shared.qkv_proj, 0), (own.conv, shared.conv, 1)):
+            q, k, v = theirs.weight.split(parts, axis)
+            mine.weight.copy_(torch.cat([q, q, k, k, v], axis))
+        same = {n: p for n, p in shared.named_parameters() if not n.startswith(("qkv_proj", "conv"))}
+        own.load_state_dict(same, strict=False)
+    assert_equal(own(tokens())[0], shared(tokens())[0])
+
+
+def test_values_stand_beside_what_is_read():
+    """Before its norm, what is read is the memory's answer and ``skip`` times the token's value."""
+    layer, x = build("memory"), tokens()
+    both, state = layer.write(x, layer.initial_state(2), None)
+    *_, v = layer.by_head(F.silu(layer.conv(layer.qkv_proj(x), layer.conv.initial_state(2), None)[0]))
+    values = layer.skip * v
+    with torch.no_grad():
+        layer.skip.zero_()
+    reads, same = layer.write(x, layer.initial_state(2), None)
+    assert_equal(both, reads + values)
+    assert_equal(state.tensors(), same.tensors())

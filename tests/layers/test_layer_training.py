@@ -151,6 +151,8 @@ def test_info_is_what_the_layer_did(gate):
     ("make", "message"),
     [
         (lambda: NeuralMemory(16, heads=3), "dim=16 is no multiple of heads=3"),
+        (lambda: NeuralMemory(16, heads=4, key_heads=3), "key_heads=3 must divide heads=4"),
+        (lambda: NeuralMemory(16, heads=4, key_heads=0), "key_heads=0 must divide heads=4"),
         (lambda: NeuralMemory(16, gate="none"), "gate must be one of .*'none'"),
         (lambda: NeuralMemory(16, conv_size=0), "conv_size must be at least 1, got 0"),
         (lambda: NeuralMemory(16)(torch.zeros(1, 3, 8)), r"x must be \[batch, length, dim=16\], got \[1, 3, 8\]"),
@@ -174,6 +176,6 @@ def block(kind, **changes):
 
 def test_sizes_cover_what_they_claim():
     """The template's sizes: a chunk that divides the reach, ones that do not, a longer one, no persistent tokens."""
-    chunks = {(reach % chunk == 0, chunk > reach) for chunk, reach, _ in SIZES.values()}
+    chunks = {(reach % chunk == 0, chunk > reach) for chunk, reach, *_ in SIZES.values()}
     assert chunks == {(True, False), (False, False), (False, True)}
-    assert {persistent == 0 for *_, persistent in SIZES.values()} == {True, False}
+    assert {persistent == 0 for _, _, persistent, _ in SIZES.values()} == {True, False}

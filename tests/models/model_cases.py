@@ -8,17 +8,17 @@ from titans.models import TitansConfig, TitansForCausalLM
 from titans.models.configuration import VARIANTS
 
 VOCAB = 20
-# (chunk, segment and window, persistent tokens)
-SIZES = {"3 in 8": (3, 8, 2), "4 in 8": (4, 8, 0), "8 over 5": (8, 5, 1)}
+# (chunk, segment and window, persistent tokens, heads of queries and keys: as memories if None)
+SIZES = {"3 in 8": (3, 8, 2, None), "4 in 8": (4, 8, 0, None), "8 over 5": (8, 5, 1, 1)}
 MODELS = [(variant, size) for variant in VARIANTS for size in SIZES if variant != "lmm" or size == "3 in 8"]
 
 
 def config(variant: str, size: str = "3 in 8", **changes) -> TitansConfig:
-    chunk, reach, persistent = SIZES[size]
+    chunk, reach, persistent, key_heads = SIZES[size]
     sizes = {
         "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "memory_expansion": 2, "chunk_size": chunk, "segment_length": reach,
-        "sliding_window": reach, "num_persistent_tokens": persistent, "pad_token_id": 0,
+        "num_attention_heads": 2, "num_memory_key_heads": key_heads, "memory_expansion": 2, "chunk_size": chunk,
+        "segment_length": reach, "sliding_window": reach, "num_persistent_tokens": persistent, "pad_token_id": 0,
     }  # fmt: skip
     return TitansConfig(variant=variant, **{**sizes, **changes})
 

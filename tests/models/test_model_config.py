@@ -32,6 +32,8 @@ BAD = [
     ({"num_persistent_tokens": -1}, "num_persistent_tokens must be 0 or more, got -1"),
     ({"hidden_size": 18}, "hidden_size=18 must be num_attention_heads=2 times a multiple of 4"),
     ({"num_memory_heads": 3}, "hidden_size=16 is no multiple of num_memory_heads=3.*memory_head_dim"),
+    ({"num_memory_key_heads": 3}, "num_memory_heads=2 must be a multiple of num_memory_key_heads=3"),
+    ({"num_memory_key_heads": 0}, "num_memory_key_heads must be a positive integer, got 0"),
     ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, got 0"),
     ({"chunk_size": 2.5}, "chunk_size must be a positive integer, got 2.5"),
     ({"segment_length": "8"}, "segment_length must be a positive integer, got '8'"),
@@ -51,7 +53,7 @@ def test_bad_value(changes, message):
 
 def test_defaults_follow_other_values():
     made = config("mac", num_memory_heads=None, intermediate_size=None)
-    assert made.num_memory_heads == 2
+    assert (made.num_memory_heads, made.num_memory_key_heads) == (2, 2)
     assert made.memory_head_dim == 8
     assert made.intermediate_size == 32
     assert config("mac", num_memory_heads=3, memory_head_dim=5).memory_head_dim == 5

@@ -34,6 +34,7 @@ class MemoryDecoder:
         self.memory, self.stepper = memory, Stepper(state, memory.start(), memory.network, memory.forget)
         parts = memory.qkv_proj, memory.gates_proj, memory.out_gate
         self.sizes, self.weight = [p.out_features for p in parts], torch.cat([p.weight for p in parts])
+        self.skip = memory.skip.repeat(len(state.position), 1).unsqueeze(1)  # [B * heads, 1, head_dim]
 
     @property
     def state(self) -> MemoryState:
@@ -46,7 +47,8 @@ class MemoryDecoder:
         qkv, stepper.conv = memory.conv(qkv.unsqueeze(1), stepper.conv, None)
         q, k, v = (t.flatten(0, 2).unsqueeze(1) for t in memory.by_head(F.silu(qkv).to(stepper.maps[0].dtype)))
         reads = stepper(q, k, v, torch.stack(memory.gate_values(gates + memory.gates_proj.bias), -1).flatten(0, 1))
-        return _linear(memory.gated(reads.view(len(x), memory.heads, -1).to(x.dtype), out_gate), memory.out_proj.weight)
+        reads = (reads + self.skip * v).view(len(x), memory.heads, -1)
+        return _linear(memory.gated(reads.to(x.dtype), out_gate), memory.out_proj.weight)
 
 
 class _LMMDecoder:
@@ -95,9 +97,8 @@ class _MACDecoder:
     def __init__(self, block: MAC, state: MACState):
         self.block, self.memory, self.maps = block, MemoryDecoder(block.memory, state.memory), state.maps
         attention, memory, C = block.attention, block.memory, block.segment_length
-        inner = memory.heads * memory.head_dim
-        self.sizes = [3 * memory.dim, inner, inner]
-        self.weight = torch.cat([attention.qkv_proj.weight, memory.qkv_proj.weight[:inner], memory.out_gate.weight])
+        parts = attention.qkv_proj.weight, memory.query_map, memory.out_gate.weight
+        self.sizes, self.weight = [len(p) for p in parts], torch.cat(parts)
         self.recalled = attention.qkv_proj.weight[memory.dim :] @ memory.out_proj.weight
         held = state.held.unflatten(2, (2, 2)).flatten(1, 2)  # [B, 2 C, keys and values, heads, head_dim]
         self.table = rotary_table(torch.arange(C, device=held.device), held).unsqueeze(2)

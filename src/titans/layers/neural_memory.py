@@ -43,6 +43,8 @@ class NeuralMemory(nn.Module):
     Args:
         dim: width of inputs and outputs.
         heads: independent memories, each with its own weights in every sequence.
+        key_heads: heads of queries and keys, each for ``heads / key_heads`` memories; default ``heads``. Few leave more
+            of a layer's parameters to values and their output gates, as in Mamba2.
         head_dim: width of queries, keys and values; default ``dim // heads``.
         chunk_size: tokens whose gradients are taken at the same memory; smaller is more exact and slower.
         network: shape of each memory.
@@ -64,6 +66,7 @@ class NeuralMemory(nn.Module):
         dim: int,
         *,
         heads: int = 4,
+        key_heads: int | None = None,
         head_dim: int | None = None,
         chunk_size: int = 64,
         network: MemoryMLP | None = None,
@@ -81,18 +84,23 @@ class NeuralMemory(nn.Module):
             if value not in valid:
                 raise ValueError(f"{name} must be one of {valid}, got {value!r}")
         self.dim, self.heads, self.head_dim = dim, heads, head_dim or dim // heads
+        self.key_heads = heads if key_heads is None else key_heads
+        if self.key_heads < 1 or heads % self.key_heads:
+            raise ValueError(f"key_heads={key_heads} must divide heads={heads}")
         self.chunk_size, self.network, self.backend = chunk_size, network or MemoryMLP(), backend
         self.gate, self.forget, self.momentum = gate, forget, momentum
         self.max_lr = self._stable_lr() if max_lr is None else max_lr
-        inner = heads * self.head_dim
-        self.qkv_proj = nn.Linear(dim, 3 * inner, bias=False)
-        self.conv = ShortConvolution(3 * inner, conv_size)
+        inner, keys = heads * self.head_dim, self.key_heads * self.head_dim
+        self.qkv_proj = nn.Linear(dim, 2 * keys + inner, bias=False)
+        self.conv = ShortConvolution(2 * keys + inner, conv_size)
         self.gates_proj = GateProjection(dim, heads, gate, forget)
         # M_0 in units that suit the optimizer: it moves a map of any width by an equal share
         self.units = [i**0.5 if self.network.norm else 1.0 for i, _ in self.network.shapes(self.head_dim)]
         self.units += [1.0] * (2 * self.network.norm)
         start = self.network.init(heads, self.head_dim)
         self.weights = nn.ParameterList(w / unit for w, unit in zip(start, self.units, strict=True))
+        # beside what is read stands the value itself, at the start about as long: values are as long as keys, 1
+        self.skip = nn.Parameter(torch.full((heads, self.head_dim), self.head_dim**0.5))
         self.out_norm = nn.LayerNorm(self.head_dim, eps=1e-6, bias=False)
         self.out_gate = nn.Linear(dim, inner, bias=False)
         self.out_proj = nn.Linear(inner, dim, bias=False)
@@ -181,6 +189,8 @@ class NeuralMemory(nn.Module):
         qkv, conv = self.conv(qkv, state.conv, None if mask is None else mask.sum(1))
         q, k, v = self.by_head(F.silu(qkv))
         lr, log_momentum, log_retention = self.gate_values(gates)
+        if mask is not None:
+            v = v.masked_fill(~mask[..., None, None], 0)
         reads, state, *info = neural_memory(
             q, k, v, lr, log_momentum, log_retention, self.start(), network=self.network,
             chunk_size=self.chunk_size, state=state, mask=mask, forget="start" if self.forget == "start" else "zero",
@@ -189,12 +199,16 @@ class NeuralMemory(nn.Module):
         if seen is not None:
             seen |= {"lr": lr, "momentum": log_momentum.exp(), "forget": -torch.expm1(log_retention)}
             seen |= info[0]._asdict()
-        return reads, replace(state, conv=conv)
+        return reads + self.skip * v, replace(state, conv=conv)
 
     def by_head(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q and k, on the unit sphere, and v, [B, T, heads, head_dim], from [B, T, 3 * heads * head_dim]."""
-        qk, v = qkv.unflatten(-1, (3, self.heads, self.head_dim)).split((2, 1), 2)
-        return *_unit(qk).unbind(2), v.squeeze(2)  # type: ignore[return-value]
+        """q and k, on the unit sphere, and v, [B, T, heads, head_dim], from what ``qkv_proj`` gave."""
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split((self.key_heads, self.key_heads, self.heads), -2)
+        return self._shared(_unit(q)), self._shared(_unit(k)), v
+
+    def _shared(self, x: Tensor) -> Tensor:
+        """[..., key_heads, head_dim] -> [..., heads, head_dim]."""
+        return x if self.key_heads == self.heads else x.repeat_interleave(self.heads // self.key_heads, -2)
 
     def write(self, x: Tensor, state: MemoryState, mask: Tensor | None) -> tuple[Tensor, MemoryState]:
         """``forward`` without its last part, ``output``: what was read, [B, T, heads, head_dim]; x left-aligned."""
@@ -206,11 +220,16 @@ class NeuralMemory(nn.Module):
 
     def queries(self, x: Tensor) -> Tensor:
         """What ``recall`` asks for the tokens x [B, T, dim]: no convolution, its window is the write's."""
-        return self.as_queries(F.linear(x, self.qkv_proj.weight[: self.heads * self.head_dim]))
+        return self.as_queries(F.linear(x, self.query_map))
+
+    @property
+    def query_map(self) -> Tensor:
+        """The part of ``qkv_proj`` that makes queries, [key_heads * head_dim, dim]."""
+        return self.qkv_proj.weight[: self.key_heads * self.head_dim]
 
     def as_queries(self, projected: Tensor) -> Tensor:
-        """Queries [B, T, heads, head_dim] from their projection [B, T, heads * head_dim]."""
-        return _unit(F.silu(projected).unflatten(-1, (self.heads, self.head_dim)))
+        """Queries [B, T, heads, head_dim] from their projection [B, T, key_heads * head_dim]."""
+        return self._shared(_unit(F.silu(projected).unflatten(-1, (self.key_heads, self.head_dim))))
 
     def recall(self, queries: Tensor, out_gate: Tensor, maps: tuple[Tensor, ...]) -> Tensor:
         """Asks a memory that stands still: M*(x W_Q), eq. 21, as ``out_proj`` takes it; nothing is written.

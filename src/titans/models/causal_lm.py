@@ -25,6 +25,7 @@ def build_block(config: TitansConfig) -> Block:
     memory = NeuralMemory(
         config.hidden_size,
         heads=heads,
+        key_heads=config.num_memory_key_heads,
         head_dim=config.memory_head_dim,
         chunk_size=config.chunk_size,
         network=config.memory_network,

@@ -28,6 +28,7 @@ class TitansConfig(PreTrainedConfig):
         num_hidden_layers: blocks.
         num_attention_heads: heads of the attention (unused by ``lmm``).
         num_memory_heads: memories a layer; default ``num_attention_heads``.
+        num_memory_key_heads: heads of queries and keys that the memories share; default ``num_memory_heads``.
         memory_head_dim: width of a memory's keys and values; default ``hidden_size // num_memory_heads``.
         memory_depth: linear maps of the memory network, 1 to 4.
         memory_expansion: hidden width of the memory network over its head width.
@@ -60,6 +61,7 @@ class TitansConfig(PreTrainedConfig):
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     num_memory_heads: int | None = None
+    num_memory_key_heads: int | None = None
     memory_head_dim: int | None = None
     memory_depth: int = 2
     memory_expansion: float | int = 4
@@ -92,6 +94,8 @@ class TitansConfig(PreTrainedConfig):
                 )
         if self.num_memory_heads is None:
             self.num_memory_heads = self.num_attention_heads
+        if self.num_memory_key_heads is None:
+            self.num_memory_key_heads = self.num_memory_heads
         if self.intermediate_size is None:
             self.intermediate_size = max(32, round(self.hidden_size * 8 / 3 / 32) * 32)
         self._check()
@@ -122,10 +126,16 @@ class TitansConfig(PreTrainedConfig):
             raise ValueError(f"memory_forget must be one of {FORGET}, got {self.memory_forget!r}")
         positive = (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_memory_heads", "memory_conv_size", "chunk_size", "segment_length", "sliding_window",
+            "num_memory_heads", "num_memory_key_heads", "memory_conv_size", "chunk_size", "segment_length",
+            "sliding_window",
         )  # fmt: skip
         for name in positive:
             self._check_positive(name)
+        if self.num_memory_heads % self.num_memory_key_heads:  # type: ignore[operator]
+            raise ValueError(
+                f"num_memory_heads={self.num_memory_heads} must be a multiple of "
+                f"num_memory_key_heads={self.num_memory_key_heads}"
+            )
         if self.memory_head_dim is not None and self.memory_head_dim < 1:
             raise ValueError(f"memory_head_dim must be a positive integer, got {self.memory_head_dim}")
         if not isinstance(self.num_persistent_tokens, int) or self.num_persistent_tokens < 0:
