@@ -23,7 +23,7 @@ from titans.training.checkpoints import checkpoint_name, publish_checkpoint
 from titans.training.files import read_manifest
 
 SKIPPED = "skipped_step"  # in the log
-_NO_DECAY = re.compile(r"(^|\.)(gates_proj|bias|\w*norm\w*|persistent\w*|conv|memory\.weights)(\.|$)")
+_NO_DECAY = re.compile(r"(^|\.)(gates_proj|bias|\w*norm\w*|persistent\w*|conv|skip|memory\.weights)(\.|$)")
 
 
 class RunTrainer(Trainer):
