@@ -155,8 +155,8 @@ def _check(q, k, v, gates, maps, affine, network: MemoryMLP, chunk_size: int, fo
             f"after the linear maps, weights may hold gain and bias {(H, D)} if network.norm is True, "
             f"got {[tuple(a.shape) for a in affine]} with norm={network.norm}"
         )
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size!r}; use an integer")
     if forget not in FORGET:
         raise ValueError(f"forget must be one of {FORGET}, got {forget!r}")
     if backend not in BACKENDS:
@@ -166,6 +166,10 @@ def _check(q, k, v, gates, maps, affine, network: MemoryMLP, chunk_size: int, fo
 def _check_state(state: MemoryState, q: Tensor, maps, chunk_size: int) -> None:
     if state.chunk_size != chunk_size:
         raise ValueError(f"state was made with chunk_size={state.chunk_size}, got chunk_size={chunk_size}")
-    wanted = [(q.shape[0], *w.shape) for w in maps]
-    if [tuple(w.shape) for w in state.weights] != wanted:
-        raise ValueError(f"state must hold weights {wanted}, got {[tuple(w.shape) for w in state.weights]}")
+    meta = [torch.empty_like(w, device="meta") for w in maps]
+    wanted = MemoryState.initial(meta, q.shape[0], chunk_size).tensors()
+    held = {name: t for name, t in state.tensors().items() if name != "conv"}
+    for name in sorted(wanted.keys() | held.keys()):
+        want, got = (f"{t[name].dtype} {list(t[name].shape)}" if name in t else "nothing" for t in (wanted, held))
+        if got != want:
+            raise ValueError(f"state must hold as {name} {want}, got {got}; take the state of a call like this one")

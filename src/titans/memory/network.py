@@ -58,11 +58,16 @@ class MemoryMLP:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
-        if not 1 <= self.depth <= 4:
-            raise ValueError(f"depth must be 1, 2, 3 or 4, got {self.depth}")
-        if self.expansion <= 0:
-            raise ValueError(f"expansion must be positive, got {self.expansion}")
-        if self.activation not in ACTIVATIONS:
+        if not isinstance(self.depth, int) or not 1 <= self.depth <= 4:
+            raise ValueError(f"depth must be 1, 2, 3 or 4, got {self.depth!r}")
+        for name in ("expansion", "norm_eps"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive, got {value!r}; use a number")
+        for name in ("residual", "norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.activation not in list(ACTIVATIONS):
             raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {self.activation!r}")
 
     def shapes(self, dim: int) -> list[tuple[int, int]]:

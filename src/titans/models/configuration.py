@@ -1,6 +1,7 @@
 """Configuration of Titans models, and presets from a tiny one to the paper's sizes."""
 
 import difflib
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -117,9 +118,10 @@ class TitansConfig(PreTrainedConfig):
             raise ValueError(f"variant must be one of {VARIANTS}, got {self.variant!r}")
         if self.memory_gate not in GATES:
             raise ValueError(f"memory_gate must be one of {GATES}, got {self.memory_gate!r}")
-        if self.memory_write_price < 0 or (self.memory_write_price and self.memory_gate != "write"):
+        price = self.memory_write_price
+        if not isinstance(price, (int, float)) or not 0 <= price < math.inf or (price and self.memory_gate != "write"):
             raise ValueError(
-                f"memory_write_price={self.memory_write_price} must be 0 or more, and 0 unless memory_gate='write' "
+                f"memory_write_price={price!r} must be 0 or more, and 0 unless memory_gate='write' "
                 f"(it is {self.memory_gate!r})"
             )
         if self.memory_forget not in FORGET:
@@ -129,23 +131,21 @@ class TitansConfig(PreTrainedConfig):
             "num_memory_heads", "num_memory_key_heads", "memory_conv_size", "chunk_size", "segment_length",
             "sliding_window",
         )  # fmt: skip
-        for name in positive:
+        for name in positive if self.memory_head_dim is None else (*positive, "memory_head_dim"):
             self._check_positive(name)
         if self.num_memory_heads % self.num_memory_key_heads:  # type: ignore[operator]
             raise ValueError(
                 f"num_memory_heads={self.num_memory_heads} must be a multiple of "
                 f"num_memory_key_heads={self.num_memory_key_heads}"
             )
-        if self.memory_head_dim is not None and self.memory_head_dim < 1:
-            raise ValueError(f"memory_head_dim must be a positive integer, got {self.memory_head_dim}")
         if not isinstance(self.num_persistent_tokens, int) or self.num_persistent_tokens < 0:
             raise ValueError(
                 f"num_persistent_tokens must be 0 or more, got {self.num_persistent_tokens!r}; use an integer"
             )
         for name in ("memory_max_lr", "initializer_range"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}; leave it out for the default")
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise ValueError(f"{name} must be positive, got {value!r}; leave it out for the default")
         if self.memory_head_dim is None and self.hidden_size % self.num_memory_heads:  # type: ignore[operator]
             raise ValueError(
                 f"hidden_size={self.hidden_size} is no multiple of num_memory_heads={self.num_memory_heads}; "
@@ -156,7 +156,10 @@ class TitansConfig(PreTrainedConfig):
                 f"hidden_size={self.hidden_size} must be num_attention_heads={self.num_attention_heads} "
                 "times a multiple of 4"
             )
-        _ = self.memory_network  # checks depth, expansion and activation
+        try:
+            _ = self.memory_network
+        except ValueError as error:  # its messages begin with the field, there without memory_
+            raise ValueError(f"memory_{error}") from error
 
     def _check_positive(self, name: str) -> None:
         value = getattr(self, name)
