@@ -24,9 +24,10 @@ NETWORKS = st.builds(
 )
 
 
-def draw_case(data, dtype=torch.float64, batch=st.integers(1, 3), length=st.integers(0, 14), scale=1.0) -> dict:
+def draw_case(data, length: st.SearchStrategy, dtype=torch.float64, scale=1.0) -> dict:
     """Arguments of ``neural_memory``: unit keys and queries, gates that are often exactly at their limits."""
-    B, T, H, D, C = (data.draw(s) for s in (batch, length, st.integers(1, 2), st.integers(1, 5), st.integers(1, 8)))
+    T = data.draw(length, "length")
+    B, H, D, C = (data.draw(st.integers(1, most)) for most in (3, 2, 5, 8))
     network, generator = data.draw(NETWORKS), torch.Generator().manual_seed(data.draw(st.integers(0, 999), "seed"))
     limits = data.draw(st.sampled_from([0, 0.3, 1]), "share of gates at a limit")
 
@@ -81,7 +82,7 @@ def assert_finite(found: dict[str, Tensor]) -> None:
 
 @fuzz(few=40, many=3500)
 def test_chunked_is_the_reference(data):
-    case = draw_case(data, length=st.integers(0, 10))
+    case = draw_case(data, st.integers(0, 10))
     place, info = data.draw(st.integers(0, 10), "cut"), data.draw(st.booleans(), "info")
     state = neural_memory(**tokens(case, 0, place))[1]
     rest = tokens(case, place, None)
@@ -95,7 +96,7 @@ def test_chunked_is_the_reference(data):
 def test_any_split_is_the_whole(data):
     """Finite in every dtype; the same in those that tell a split from an error."""
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
-    case = draw_case(data, dtype, length=st.integers(0, 24))
+    case = draw_case(data, st.integers(0, 24), dtype)
     info = data.draw(st.booleans(), "info")
     cuts = sorted(data.draw(st.lists(st.integers(0, 24), max_size=4), "cuts"))
     outs, state = [], None
@@ -113,7 +114,7 @@ def test_any_split_is_the_whole(data):
 def test_outliers_stay_finite(data):
     """Where the network has a norm: values, keys and queries of any size."""
     dtype = data.draw(st.sampled_from(DTYPES[:3]), "dtype")
-    case = draw_case(data, dtype, length=st.integers(1, 24), scale=data.draw(st.sampled_from([0.0, 1e-4, 1e4])))
+    case = draw_case(data, st.integers(1, 24), dtype, data.draw(st.sampled_from([0.0, 1e-4, 1e4]), "values"))
     sizes = st.sampled_from([0.0, 1e-4, 1.0, 1e4])
     if case["network"].norm:
         case |= {n: data.draw(sizes, n) * case[n] for n in ("q", "k")}
@@ -143,10 +144,11 @@ SPOILT_VALUES = {
 
 @fuzz(few=120, many=2500)
 def test_what_does_not_fit_is_refused(data):
-    case = draw_case(data, length=st.integers(1, 4)) | {"backend": "auto"}
+    case = draw_case(data, st.integers(1, 4)) | {"backend": "auto"}
     case["mask"] = torch.ones(case["q"].shape[:2]) if case["mask"] is None else case["mask"]
     case["state"] = neural_memory(**case)[1] if data.draw(st.booleans(), "carried") else None
-    names = data.draw(st.lists(st.sampled_from(["q", "k", "v", *GATES, "mask", "map", *SPOILT_VALUES]), min_size=1, max_size=2))
+    any_name = st.sampled_from(["q", "k", "v", *GATES, "mask", "map", *SPOILT_VALUES])
+    names = data.draw(st.lists(any_name, min_size=1, max_size=2, unique=True))
     for name in names:
         if name in SPOILT_VALUES:
             case[name] = data.draw(st.sampled_from(SPOILT_VALUES[name]), name)
@@ -162,7 +164,7 @@ def test_what_does_not_fit_is_refused(data):
 @fuzz(few=40, many=500)
 def test_a_state_that_does_not_fit_is_refused(data):
     """A tensor of a state has another shape or dtype, as a changed file may hold it."""
-    case = draw_case(data, length=st.integers(1, 4))
+    case = draw_case(data, st.integers(1, 4))
     held = neural_memory(**case)[1].tensors()
     name = data.draw(st.sampled_from([*held]), "tensor")
     spoil = data.draw(st.sampled_from([*SPOILT_TENSORS]), "how")

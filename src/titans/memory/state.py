@@ -109,7 +109,10 @@ class State:
         tensors, metadata = load_tensors(path, device)
         if metadata.get("titans") != cls.__name__:
             raise ValueError(f"{path} holds {metadata.get('titans', 'no titans state')!r}, expected {cls.__name__!r}")
-        return cls.from_tensors(tensors)
+        try:
+            return cls.from_tensors(tensors)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _tuple(owner: str, name: str, items: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -206,7 +209,7 @@ class MemoryState(State):
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "MemoryState":
         """The inverse of ``tensors``; ``read`` is known again where all rows have read as much."""
         state = super().from_tensors(tensors)
-        places = set(state.position.tolist())
+        places = set(state.position.flatten().tolist())
         return replace(state, read=places.pop()) if len(places) == 1 else state
 
     @property

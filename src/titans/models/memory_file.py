@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from titans.memory.state import load_tensors, save_tensors
 from titans.models.configuration import TitansConfig
 
 _ENTRY = "titans_memory"  # all metadata in one entry: safetensors writes several in any order
+_PARTS = {"length": int, "single": bool, "notes": dict, "model": dict}  # of that entry
 # fields of the configuration that no state depends on
 _SILENT = {
     "initializer_range", "memory_write_price", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
@@ -77,12 +79,33 @@ def read_memory(path: str | os.PathLike, model: PreTrainedModel) -> tuple[list[S
     tensors, metadata = load_tensors(path, model.device)
     if _ENTRY not in metadata:
         raise ValueError(f"{path} is a safetensors file but no memory; give what save_pretrained of a cache wrote")
-    about = json.loads(metadata[_ENTRY])
+    with _damage(path):
+        about = _about(metadata[_ENTRY])
     Identity.of(model).require(Identity(**about["model"]), path)
-    try:
+    with _damage(path):
         return [_state(block, i, tensors) for i, block in enumerate(model.base_model.layers)], about  # type: ignore[arg-type]
+
+
+@contextmanager
+def _damage(path: str | os.PathLike) -> Iterator[None]:
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; restore it from a copy or read the text again") from error
+
+
+def _about(entry: str) -> dict[str, Any]:
+    """What ``write_memory`` put into the entry; ValueError where a part is missing or of another type."""
+    try:
+        about = json.loads(entry)
+        parts = [(about[name], kind) for name, kind in _PARTS.items()]
+        parts += [(about["model"]["config"], dict), (about["model"]["weights"], str)]
+        sound = all(isinstance(value, kind) for value, kind in parts) and len(about["model"]) == 2
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"its metadata cannot be read ({error!r})") from error
+    if not sound:
+        raise ValueError(f"its metadata must hold {', '.join(_PARTS)} and the model as save_pretrained writes them")
+    return about
 
 
 def _state(block: Any, index: int, tensors: dict[str, torch.Tensor]) -> State:
@@ -90,9 +113,9 @@ def _state(block: Any, index: int, tensors: dict[str, torch.Tensor]) -> State:
     prefix = f"{index}."
     own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     with torch.no_grad():
-        like: State = block.initial_state(max((len(t) for t in own.values()), default=1))
+        like: State = block.initial_state(min((len(t) for t in own.values() if t.dim()), default=1))
     for name, t in like.tensors().items():
-        if name not in own or own[name].shape != t.shape:
-            found = list(own[name].shape) if name in own else "missing"
-            raise ValueError(f"the tensor {prefix + name!r} should be {list(t.shape)} and is {found}")
+        if name not in own or (own[name].shape, own[name].dtype) != (t.shape, t.dtype):
+            found = f"{list(own[name].shape)} {own[name].dtype}" if name in own else "missing"
+            raise ValueError(f"the tensor {prefix + name!r} should be {list(t.shape)} {t.dtype} and is {found}")
     return type(like).from_tensors(own)

@@ -218,6 +218,8 @@ def parse_config(
     except ArgumentError as error:
         parser.error(str(error))
     plain = checked.as_dict()
+    for part in ("data", "evaluation", "training"):
+        require(isinstance(plain[part], dict), part, plain[part], f"a mapping, `{part}:` and its keys below it")
     return TrainConfig(
         task=task.name,
         output=plain["output"],

@@ -51,17 +51,17 @@ def read_manifest(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        files = manifest["files"].items()
+        files = [(name, file["bytes"], file["sha256"]) for name, file in manifest["files"].items()]
     except FileNotFoundError as error:
         raise ValueError(f"{folder} has no {MANIFEST}: it was not written to its end") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
-    for name, file in files:
+    for name, length, sha256 in files:
         path = folder / name
         size = path.stat().st_size if path.is_file() else "no"
-        if size != file["bytes"]:
-            raise ValueError(f"{path} holds {size} bytes instead of {file['bytes']}")
-        if hashes and _sha256(path) != file["sha256"]:
+        if size != length:
+            raise ValueError(f"{path} holds {size} bytes instead of {length}")
+        if hashes and _sha256(path) != sha256:
             raise ValueError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}")
     return manifest
 

@@ -10,7 +10,7 @@ from typing import IO, Any
 import numpy as np
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
-from titans.training.files import publish, read_manifest
+from titans.training.files import MANIFEST, publish, read_manifest
 from titans.training.text import TOKENS, files_of, stream_documents
 from titans.training.tokens import Tokenizer, digest, encoder
 
@@ -104,15 +104,18 @@ class PreparedCorpus:
         folder = Path(folder)
         try:
             manifest = read_manifest(folder, hashes=False)  # reading terabytes takes longer than it is worth
+            if missing := {TOKENS, OFFSETS} - manifest["files"].keys():
+                raise ValueError(f"{folder / MANIFEST} does not name {missing.pop()}")
         except ValueError as error:
             raise ValueError(f"{error}; make {folder} again with `titans prepare`") from error
-        if manifest["tokenizer"] != digest(tokenizer):
+        theirs = manifest.get("tokenizer")
+        if theirs != digest(tokenizer):
             raise ValueError(
-                f"{folder} was made with another tokenizer (sha256 {manifest['tokenizer'][:12]}, not "
+                f"{folder} was made with another tokenizer (sha256 {str(theirs)[:12]}, not "
                 f"{digest(tokenizer)[:12]}); set data.tokenizer to that one, or prepare the text again with this one"
             )
         self.eos_token_id = int(tokenizer.eos_token_id)
-        self._tokens = np.memmap(folder / TOKENS, dtype=manifest["dtype"], mode="r")
+        self._tokens = np.memmap(folder / TOKENS, dtype=encoder(tokenizer)("").dtype, mode="r")
         self.ids = _Documents(self._tokens, np.memmap(folder / OFFSETS, dtype=np.int64, mode="r"))
 
     def packed(self) -> np.ndarray:

@@ -218,7 +218,7 @@ def _read_json_lines(path: Path, lines: Iterable[str], text_field: str) -> Itera
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error}); write one JSON object a line") from error
         if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
             fields = sorted(row) if isinstance(row, dict) else type(row).__name__
@@ -226,6 +226,8 @@ def _read_json_lines(path: Path, lines: Iterable[str], text_field: str) -> Itera
                 f"{path}, line {number}: no text in field {text_field!r}; the line has {fields}, "
                 "name one of its fields with text_field"
             )
+        if "\\u" in line and any("\ud800" <= letter <= "\udfff" for letter in row[text_field]):
+            raise ValueError(f"{path}, line {number}: half a character, \\ud800 to \\udfff alone; write it as utf-8")
         yield row[text_field]
 
 
