@@ -54,9 +54,9 @@ def build(config: dict, seed: int) -> TitansForCausalLM:
     return model
 
 
-def draw_config(data, **fixed) -> dict:
+def draw_config(data) -> dict:
     small = data.draw(st.fixed_dictionaries(SMALL), "sizes")
-    return {**small, "num_hidden_layers": 1, **data.draw(CONFIGS, "config"), **fixed}
+    return {**small, "num_hidden_layers": 1, **data.draw(CONFIGS, "config")}
 
 
 def draw_mask(data, B: int, T: int) -> Tensor | None:
@@ -85,11 +85,7 @@ def read(model: TitansForCausalLM, ids: Tensor, mask: Tensor | None, cuts: list[
 @fuzz(few=40, many=4000)
 def test_a_sequence_cut_anywhere_is_the_whole(data):
     B, T = data.draw(st.integers(1, 3), "batch"), data.draw(st.integers(1, 20), "length")
-    config = draw_config(data)
-    try:
-        model = build(config, data.draw(st.integers(0, 99), "seed")).double()
-    except ValueError:
-        return  # that sizes do not fit each other is for the next test
+    model = build(draw_config(data), data.draw(st.integers(0, 99), "seed")).double()
     ids = torch.randint(VOCAB, (B, T), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99), "ids")))
     mask = draw_mask(data, B, T)
     cuts = sorted(data.draw(st.lists(st.integers(1, T - 1), max_size=4, unique=True), "cuts")) if T > 1 else []
@@ -109,10 +105,7 @@ def test_a_sequence_cut_anywhere_is_the_whole(data):
 def test_finite_in_low_precision_and_in_training(data):
     """Logits, loss and every gradient."""
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]), "dtype")
-    try:
-        model = build(draw_config(data), data.draw(st.integers(0, 99), "seed")).to(dtype).train()
-    except ValueError:
-        return
+    model = build(draw_config(data), data.draw(st.integers(0, 99), "seed")).to(dtype).train()
     B, T = data.draw(st.integers(1, 2), "batch"), data.draw(st.integers(2, 12), "length")
     ids = torch.randint(VOCAB, (B, T), generator=torch.Generator().manual_seed(0))
     out = model(ids, attention_mask=draw_mask(data, B, T), labels=ids)

@@ -1,10 +1,13 @@
 """Every refusal names the argument and the value."""
 
+import math
+
 import pytest
 import torch
 from memory_cases import OPTIONS, make
 
 from titans.memory import MemoryMLP, MemoryState, neural_memory
+from titans.memory.state import save_tensors
 
 
 def call(case=None, **changes):
@@ -29,6 +32,7 @@ BAD = {
     "one of gain and bias": ({"weights": CASE.weights[:3]}, "gain and bias"),
     "gain without norm": ({"network": MemoryMLP(norm=False)}, "norm=False"),
     "chunk_size": ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+    "chunk_size of a fraction": ({"chunk_size": 2.5}, "chunk_size must be at least 1, got 2.5; use an integer"),
     "backend": ({"backend": "cuda"}, "backend must be one of .*got 'cuda'"),
     "mask": ({"mask": torch.ones(2, 12)}, r"mask must be .*\[2, 13\].*\[2, 12\]"),
 }
@@ -60,13 +64,34 @@ def test_state_of_another_shape(other):
     [
         ({"depth": 0}, "depth must be 1, 2, 3 or 4, got 0"),
         ({"depth": 5}, "got 5"),
+        ({"depth": "2"}, "depth must be 1, 2, 3 or 4, got '2'"),
         ({"expansion": 0}, "expansion must be positive"),
+        ({"expansion": math.nan}, "expansion must be positive, got nan"),
+        ({"expansion": math.inf}, "expansion must be positive, got inf"),
+        ({"norm_eps": "small"}, "norm_eps must be positive, got 'small'"),
+        ({"norm": 2.5}, "norm must be True or False, got 2.5"),
+        ({"activation": []}, r"activation must be one of .*got \[\]"),
         ({"activation": "tanh"}, "activation must be one of .*'tanh'"),
     ],
 )
 def test_bad_network(changes, message):
     with pytest.raises(ValueError, match=message):
         MemoryMLP(**changes)
+
+
+CHANGES = {"shape": lambda t: t[..., :-1] if t.dim() > 1 else t[:-1], "dtype": lambda t: t.half()}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["inputs.1", "signals.0", "pending", "transition", "position", "maps.0"])
+def test_state_of_which_one_tensor_is_another(name, change, tmp_path):
+    """As a file may hold it."""
+    tensors = make().run()[1].tensors()
+    tensors[name] = CHANGES[change](tensors[name])
+    save_tensors(tensors, tmp_path / "a.state", {"titans": "MemoryState"})
+    state = MemoryState.load(tmp_path / "a.state")
+    with pytest.raises(ValueError, match=f"state must hold as {name} torch.* got torch"):
+        call(state=state)
 
 
 def test_no_file(tmp_path):
@@ -91,6 +116,14 @@ def test_file_of_something_else(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"other\.safetensors holds 'no titans state', expected 'MemoryState'"):
         MemoryState.load(tmp_path / "other.safetensors")
+
+
+def test_a_file_without_a_tensor_is_named(tmp_path):
+    tensors = make().run()[1].tensors()
+    del tensors["maps.1"]
+    save_tensors(tensors, tmp_path / "a.state", {"titans": "MemoryState"})
+    with pytest.raises(ValueError, match=r"a\.state is damaged: MemoryState needs the tensor 'maps.1'"):
+        MemoryState.load(tmp_path / "a.state")
 
 
 @pytest.mark.parametrize("name", ["pending", "transition", "position", "inputs.1", "maps.0", "maps.1"])

@@ -208,6 +208,43 @@ def test_broken_files(how, tmp_path):
         TitansCache.load(path, model)
 
 
+ENTRIES = {
+    "no JSON": (lambda about: "{", "metadata cannot be read"),
+    "a list": (lambda about: "[]", "metadata cannot be read"),
+    "nested without end": (lambda about: "[" * 10_000, "metadata cannot be read"),
+    "no length": (lambda about: json.dumps({n: v for n, v in about.items() if n != "length"}), "'length'"),
+    "length": (lambda about: json.dumps(about | {"length": "5"}), "must hold length"),
+    "no model": (lambda about: json.dumps(about | {"model": None}), "metadata cannot be read"),
+    "weights": (
+        lambda about: json.dumps(about | {"model": about["model"] | {"weights": True}}),
+        "must hold .* the model",
+    ),
+    "more": (lambda about: json.dumps(about | {"model": about["model"] | {"x": 1}}), "must hold .* the model"),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_damaged_metadata(name, tmp_path):
+    entry, message = ENTRIES[name]
+    model, path = build("lmm"), tmp_path / "book.memory"
+    model.memorize(ids()).save_pretrained(path, model)
+    held, metadata = load_tensors(path)
+    save_tensors(held, path, {"titans_memory": entry(json.loads(metadata["titans_memory"]))})
+    with pytest.raises(ValueError, match=rf"book.memory is damaged: its .*{message}.*restore it"):
+        TitansCache.load(path, model)
+
+
+@pytest.mark.parametrize("name", ["0.position", "0.pending"])
+@pytest.mark.parametrize("change", [torch.Tensor.half, lambda t: t.flatten()[0].clone()], ids=["dtype", "a number"])
+def test_a_tensor_of_another_kind(name, change, tmp_path):
+    model, path = build("lmm"), tmp_path / "book.memory"
+    model.memorize(ids()).save_pretrained(path, model)
+    held, metadata = load_tensors(path)
+    save_tensors(held | {name: change(held[name])}, path, metadata)
+    with pytest.raises(ValueError, match=f"book.memory is damaged: the tensor '{name}' should be .* and is "):
+        TitansCache.load(path, model)
+
+
 def test_mistakes(tmp_path):
     model = build("lmm")
     with pytest.raises(FileNotFoundError, match="no file"):

@@ -160,6 +160,14 @@ DAMAGE = {
     ),
     "half a manifest": (lambda c: (c / "manifest.json").write_text("{"), r"checkpoint-16/manifest.json is damaged"),
     "other JSON": (lambda c: (c / "manifest.json").write_text("[]"), r"checkpoint-16/manifest.json is damaged"),
+    "no size": (
+        lambda c: (c / "manifest.json").write_text('{"files": {"model.safetensors": 3}}'),
+        r"checkpoint-16/manifest.json is damaged",
+    ),
+    "nested without end": (
+        lambda c: (c / "manifest.json").write_text("[" * 10_000),
+        r"checkpoint-16/manifest.json is damaged",
+    ),
     "a bit": (lambda c: flip(c / "model.safetensors"), r"checkpoint-16/model.safetensors is damaged: its sha256"),
     "truncated": (lambda c: (c / "shards" / "0.pt").write_bytes(b"mom"), r"shards/0.pt holds 3 bytes instead of 7"),
     "missing": (lambda c: (c / "shards" / "0.pt").unlink(), r"shards/0.pt holds no bytes instead of 7"),

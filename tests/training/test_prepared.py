@@ -142,6 +142,7 @@ def cut(path):
 DAMAGE = {
     "tokens": (lambda f: cut(f / "tokens.bin"), r"tokens\.bin holds \d+ bytes instead of \d+"),
     "documents": (lambda f: (f / "documents.bin").unlink(), r"documents\.bin holds no bytes instead of"),
+    "unnamed": (lambda f: (f / "manifest.json").write_text('{"files": {}}'), r"manifest\.json does not name \w+\.bin"),
     "unfinished": (lambda f: (f / "manifest.json").unlink(), r"has no manifest\.json: it was not written to its end"),
 }
 

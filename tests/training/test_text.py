@@ -64,6 +64,9 @@ def test_bad_inputs_name_the_mend(tmp_path):
         "packed.gz": (b"no gzip", "pack it again"),
         "field.jsonl": (b'{"text": "a"}\n{"body": "b"}\n', r"line 2: no text in field 'text'.*\['body'\]"),
         "broken.jsonl": (b'{"text": "a"}\n{"te', "line 2: not JSON"),
+        "nested.jsonl": (b"[" * 10_000, "nested.jsonl, line 1: not JSON"),
+        "digits.jsonl": (b'{"text": ' + b"9" * 5000, "digits.jsonl, line 1: not JSON"),
+        "half.jsonl": (b'{"text": "a\\ud800"}', r"half.jsonl, line 1: half a character, \\ud800 to \\udfff alone"),
     }
     for name, (content, message) in cases.items():
         (tmp_path / name).write_bytes(content)
