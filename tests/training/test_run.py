@@ -126,6 +126,8 @@ def test_bad_values_name_the_mend(tmp_path, text):
     ):
         with pytest.raises(ValueError, match=message):
             config(tmp_path, text, **training)
+    with pytest.raises(ValueError, match=r"data='text.txt' is not valid; use a mapping, `data:` and its keys below it"):
+        parse_config(TASK, {"data": "text.txt"})
     with pytest.raises(ValueError, match=r"training\.batch_size=4000 is more than"):
         train(config(tmp_path / "run", text, batch_size=4000), TASK, progress=False)
     with pytest.raises(FileNotFoundError, match="is no run"):
