@@ -166,10 +166,16 @@ def _check(q, k, v, gates, maps, affine, network: MemoryMLP, chunk_size: int, fo
 def _check_state(state: MemoryState, q: Tensor, maps, chunk_size: int) -> None:
     if state.chunk_size != chunk_size:
         raise ValueError(f"state was made with chunk_size={state.chunk_size}, got chunk_size={chunk_size}")
-    meta = [torch.empty_like(w, device="meta") for w in maps]
-    wanted = MemoryState.initial(meta, q.shape[0], chunk_size).tensors()
-    held = {name: t for name, t in state.tensors().items() if name != "conv"}
-    for name in sorted(wanted.keys() | held.keys()):
-        want, got = (f"{t[name].dtype} {list(t[name].shape)}" if name in t else "nothing" for t in (wanted, held))
-        if got != want:
+    (B, _, H, _), C = q.shape, chunk_size
+    wanted = {"pending": (B, H, C, 2), "transition": (B, H, 2, 2), "position": (B,)}
+    for i, w in enumerate(maps):
+        d_in, d_out = w.shape[1:]
+        wanted[f"maps.{i}"] = (B, H, 2, d_out, d_in) if i else (B, H, 2, d_in, d_out)
+        wanted |= {f"inputs.{i}": (B, H, C, d_in), f"signals.{i}": (B, H, C, d_out)}
+    held = state.tensors()
+    for name in sorted((wanted.keys() | held.keys()) - {"conv"}):
+        dtype, t = torch.int64 if name == "position" else maps[0].dtype, held.get(name)
+        if t is None or name not in wanted or t.shape != wanted[name] or t.dtype != dtype:
+            want = f"{dtype} {list(wanted[name])}" if name in wanted else "nothing"
+            got = "nothing" if t is None else f"{t.dtype} {list(t.shape)}"
             raise ValueError(f"state must hold as {name} {want}, got {got}; take the state of a call like this one")
