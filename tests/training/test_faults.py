@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
@@ -217,12 +218,50 @@ def test_goes_on_from_the_checkpoint_before_a_broken_one(tmp_path, text, caplog)
     later = newest.with_name("checkpoint-16")  # taken as the newest; the best one is that of step 12
     (newest.parent / "checkpoint-8").rename(later)
     state = json.loads((later / "trainer_state.json").read_text())
-    state |= {"global_step": STEPS, "best_model_checkpoint": str(newest)}
+    state |= {"global_step": STEPS, "best_global_step": STEPS}
     (later / "trainer_state.json").write_text(json.dumps(state))
     (later / "manifest.json").unlink()
     publish(later, newest.with_name("checkpoint-20"))
     with pytest.raises(ValueError, match=r"model.safetensors is damaged.*restore the best .*, or delete .*-12"):
         run(cut, resume=True)
+
+
+def test_a_run_that_was_moved_takes_its_own_best_checkpoint(tmp_path, text):
+    """Not by the path where it stood when it was saved: nothing there, or another run."""
+    stood, moved = config(tmp_path / "stood", text), config(tmp_path / "moved", text)
+    run(stood)
+    shutil.copytree(stood.output, moved.output)
+    best = load_file(tmp_path / "stood" / "checkpoints" / "checkpoint-12" / "model.safetensors")
+    flip(tmp_path / "stood" / "checkpoints" / "checkpoint-12" / "model.safetensors")
+    run(moved, resume=True)
+    shutil.rmtree(stood.output)
+    run(moved, resume=True)
+    assert same(weights(moved.output), best)
+
+
+class Payload:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_no_code_from_a_checkpoint_runs(tmp_path, text, name):
+    """Even where whoever put it there gave the checkpoint a manifest that fits."""
+    cut = config(tmp_path / "run", text)
+    run(cut)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-12")
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-8"
+    torch.save(Payload(tmp_path / "executed"), checkpoint / name)
+    (checkpoint / "manifest.json").unlink()
+    publish(checkpoint, checkpoint.with_name("checkpoint-9"))
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        run(cut, resume=True)
+    assert not (tmp_path / "executed").exists()
 
 
 # Steps that are not finite

@@ -54,6 +54,8 @@ class RunTrainer(Trainer):
         return [name for name, p in model.named_parameters() if p.ndim >= 2 and not _NO_DECAY.search(name)]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if best := self.state.best_global_step:  # a state that is loaded names the path where the run stood then
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir or "") / checkpoint_name(best))
         if self.state.global_step < self.state.max_steps:  # the Trainer takes one step more when all were done
             super()._run_epoch(*args, **kwargs)
 
