@@ -24,9 +24,24 @@ class LanguageData(TextData):
         False, "train on the windows of a document in their order, the memory carried from one to the next; gradients "
         "stop at a window's start (Titans only)"
     )  # fmt: skip
+    streaming: bool = option(
+        False, "read and tokenize the training text as training goes, at constant memory, over and over; windows are "
+        "shuffled a million tokens at a time"
+    )  # fmt: skip
 
     def __post_init__(self):
         require(self.validation_bytes > 0, "data.validation_bytes", self.validation_bytes, "a number above 0")
+        if self.streaming:
+            require(self.train is not None, "data.train", None, "the text that data.streaming is to read")
+            mend = "false with data.streaming, or `titans prepare`: documents are drawn from all of the text"
+            require(not self.carry, "data.carry", True, mend)
+            self.require_held_out("is streamed")
+
+    def require_held_out(self, why: str) -> None:
+        """Raises ValueError where validation and test text are not given."""
+        for split in ("validation", "test"):
+            mend = f"a text of its own: data.train={self.train!r} {why}, and no text of it can be held out"
+            require(getattr(self, split) is not None, f"data.{split}", None, mend)
 
 
 @dataclass
@@ -80,15 +95,29 @@ class Language:
         from titans.training.tokens import Corpus, WindowDataset, tokenizer_of
 
         data: LanguageData = config.data
-        tokenizer, length = tokenizer_of(data), config.training.length
-        corpus = self._corpus(data, tokenizer)
+        tokenizer = tokenizer_of(data)
+        train = self._train(config, tokenizer)
         validation = truncate(split_documents(data, "validation"), int(data.validation_bytes))
         return TaskData(
-            train=self._streams(corpus, config) if data.carry else WindowDataset(corpus.packed(), length),
-            validation=WindowDataset(Corpus.build(validation, tokenizer).packed(), length),
+            train=train,
+            validation=WindowDataset(Corpus.build(validation, tokenizer).packed(), config.training.length),
             tokenizer=tokenizer,
-            ordered=data.carry,
+            ordered=data.carry or data.streaming,
         )
+
+    def _train(self, config: TrainConfig, tokenizer: Any) -> Any:
+        from titans.training.streamed import StreamedWindows
+        from titans.training.text import expand
+        from titans.training.tokens import WindowDataset
+
+        data, training = config.data, config.training
+        if data.streaming:
+            source = expand(data.train)
+            return StreamedWindows(
+                source, data.text_field, tokenizer, training.length, training.windows, training.seed
+            )
+        corpus = self._corpus(data, tokenizer)
+        return self._streams(corpus, config) if data.carry else WindowDataset(corpus.packed(), training.length)
 
     def _corpus(self, data: LanguageData, tokenizer: Any) -> Any:
         """What is trained on: the tokens of `titans prepare` where they lie, or the text in memory."""
@@ -98,9 +127,7 @@ class Language:
 
         if data.train is None or not is_prepared(expand(data.train)):
             return Corpus.build(split_documents(data, "train"), tokenizer)
-        for split in ("validation", "test"):
-            mend = f"a text of its own: data.train={data.train!r} holds tokens, of which no text can be held out"
-            require(getattr(data, split) is not None, f"data.{split}", None, mend)
+        data.require_held_out("holds tokens")
         return PreparedCorpus(expand(data.train), tokenizer)
 
     def _streams(self, corpus: Any, config: TrainConfig) -> Any:

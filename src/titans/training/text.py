@@ -50,8 +50,14 @@ def read_documents(source: str | os.PathLike, text_field: str = "text") -> Itera
         raise ValueError(f"source={str(source)!r} holds no text; give a file, folder or data set with text in it")
 
 
-def _is_dataset_name(source: str) -> bool:
-    """Whether `source` reads like `name`, `owner/name`, either with `:split`, or like `saved_folder:split`."""
+def is_dataset(source: str | os.PathLike) -> bool:
+    """Whether that is a folder saved by `datasets`, or no file or folder and reads like a name of a data set.
+
+    That is `name`, `owner/name`, either with `:split`, or `saved_folder:split`.
+    """
+    path, source = Path(source), str(source)
+    if path.exists():
+        return any((path / name).exists() for name in ("dataset_dict.json", "dataset_info.json"))
     saved, colon, _ = source.rpartition(":")
     if colon and Path(saved).is_dir():
         return True
@@ -162,15 +168,14 @@ def stream_documents(
     if (path / TOKENS).exists():
         raise ValueError(
             f"source={str(source)!r} holds tokens of `titans prepare`, no text; data.train of the task language takes "
-            "it, everything else needs the text"
+            "it, without data.streaming; everything else needs the text"
         )
+    if is_dataset(source):
+        return (blocks_of(row[text_field]) for row in open_dataset(str(source), text_field))
     if path.is_dir():
-        saved = (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()
-        return _read_dataset(str(path), text_field) if saved else _read_folder(path, text_field, opened)
+        return _read_folder(path, text_field, opened)
     if path.exists():
         return _read_file(path, text_field, opened)
-    if _is_dataset_name(str(source)):
-        return _read_dataset(str(source), text_field)
     raise FileNotFoundError(
         f"source={str(source)!r} does not exist; give a text file, a folder, a .jsonl file or a data set's name"
     )
@@ -257,7 +262,12 @@ def _is_text(path: Path) -> bool:
     return True
 
 
-def _read_dataset(source: str, text_field: str) -> Iterator[Iterator[str]]:
+def open_dataset(source: str, text_field: str, streaming: bool = False) -> Any:
+    """The rows of a data set: a `Dataset`, or an `IterableDataset` that reads them when asked (`streaming`).
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as `stream_documents`.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -271,19 +281,20 @@ def _read_dataset(source: str, text_field: str) -> Iterator[Iterator[str]]:
         if Path(name).is_dir():
             rows: Any = datasets.load_from_disk(name)
             rows = rows[split if colon else "train"] if isinstance(rows, datasets.DatasetDict) else rows
+            rows = rows.to_iterable_dataset() if streaming else rows
         else:
-            rows = datasets.load_dataset(name, split=split if colon else "train")
+            rows = datasets.load_dataset(name, split=split if colon else "train", streaming=streaming)
     except Exception as error:  # the library raises a dozen types for "no such data set"
         raise FileNotFoundError(
             f"source={source!r} is neither a file, a folder nor a data set that can be loaded "
             f"({type(error).__name__}: {error}); check the name and the split"
         ) from error
-    if text_field not in rows.column_names:
+    columns = rows.column_names or sorted(next(iter(rows), {}))  # streamed, they may be known from rows alone
+    if text_field not in columns:
         raise ValueError(
-            f"source={source!r} has no column {text_field!r}; it has {rows.column_names}, "
-            "name one of them with text_field"
+            f"source={source!r} has no column {text_field!r}; it has {columns}, name one of them with text_field"
         )
-    return (blocks_of(row[text_field]) for row in rows)
+    return rows
 
 
 def stdlib_documents(split: str) -> Iterator[str]:

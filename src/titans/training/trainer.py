@@ -21,6 +21,7 @@ from titans.models import TitansCache
 from titans.training.carried import load_rows, memory_file
 from titans.training.checkpoints import checkpoint_name, publish_checkpoint
 from titans.training.files import read_manifest
+from titans.training.streamed import StreamedWindows
 
 SKIPPED = "skipped_step"  # in the log
 _NO_DECAY = re.compile(r"(^|\.)(gates_proj|bias|\w*norm\w*|persistent\w*|conv|skip|memory\.weights)(\.|$)")
@@ -160,6 +161,9 @@ class RunTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             self._run_dir = str(part)
             self._save_memory(self.carried, part / name)
+            if self.args.should_save and isinstance(self.train_dataset, StreamedWindows):
+                batches = self.state.global_step * self.args.gradient_accumulation_steps
+                self.train_dataset.save(part / name, batches * self._train_batch_size * self.args.world_size)
             super()._save_checkpoint(model, trial)
             if self.state.best_global_step:
                 self.state.best_model_checkpoint = str(folder / checkpoint_name(self.state.best_global_step))
@@ -185,6 +189,8 @@ class RunTrainer(Trainer):
         rows = range(process * each, (process + 1) * each)
         with self._whole_model() as whole:
             self.carried = load_rows(resume_from_checkpoint, rows, processes * each, whole)
+        if isinstance(self.train_dataset, StreamedWindows):
+            self.train_dataset.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
