@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from titans.cli import main
 from titans.models import TitansCache, TitansConfig, TitansForCausalLM
-from titans.training import run
+from titans.training import run, streamed
 from titans.training.carried import load_rows, memory_file
 
 VARIANTS = ("lmm", "mac", "mag", "mal")
@@ -36,13 +36,14 @@ def text(tmp_path_factory):
     return path
 
 
-def config(folder, text, variant="mal", carry=True, steps=10, **training):
+def config(folder, text, variant="mal", carry=True, streaming=False, steps=10, **training):
     """A YAML file; with gradient accumulation, and a checkpoint after half of the steps."""
+    held_out = {"validation": str(text), "test": str(text)} if streaming else {}
     values = {
         "model": {"variant": variant, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
                   "num_attention_heads": 2, "chunk_size": 8, "segment_length": 8, "sliding_window": 8,
                   "num_persistent_tokens": 2},
-        "data": {"train": str(text), "carry": carry, "validation_bytes": 200},
+        "data": {"train": str(text), "carry": carry, "streaming": streaming, "validation_bytes": 200, **held_out},
         "evaluation": {"lengths": [16], "sample": 4, "max_bytes": 200},
         "training": {"length": 16, "batch_size": 4, "gradient_accumulation": 2, "tokens": 16 * 8 * steps,
                      "eval_every": 0.5, **training},
@@ -76,6 +77,7 @@ def shard():
 def process(rank, processes, port, environment, commands, log):
     """One of several: runs commands of ours and writes what it prints to a file."""
     torch.set_num_threads(1)
+    streamed.BUFFER = 16 * 8  # several in a run
     if processes > 1:
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
         there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -155,6 +157,12 @@ def check_two_are_one(folder, text, fsdp2=False, back=True, **settings):
 def test_two_processes_train_as_one(tmp_path, text):
     """The variant whose persistent tokens are read at the beginning of a document alone, with `data.carry`."""
     check_two_are_one(tmp_path, text, back=False, steps=6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp2", [False, True], ids=["ddp", "fsdp2"])
+def test_each_reads_all_of_a_stream_and_takes_its_rows(tmp_path, text, fsdp2):
+    check_two_are_one(tmp_path, text, fsdp2, carry=False, streaming=True)
 
 
 @pytest.mark.slow

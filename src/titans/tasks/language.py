@@ -113,9 +113,7 @@ class Language:
         data, training = config.data, config.training
         if data.streaming:
             source = expand(data.train)
-            return StreamedWindows(
-                source, data.text_field, tokenizer, training.length, training.windows, training.seed
-            )
+            return StreamedWindows(source, data.text_field, tokenizer, training.length, training.windows, training.seed)
         corpus = self._corpus(data, tokenizer)
         return self._streams(corpus, config) if data.carry else WindowDataset(corpus.packed(), training.length)
 
