@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from titans.bench import layers, worker
-from titans.bench.case import DEFAULT_SIZES, PASSES, SUITES, TASKS, Case, Subject, build, groups, suite
+from titans.bench.case import DEFAULT_SIZES, PASSES, SUITES, TASKS, Case, Subject, build, groups, suite, training_steps
 from titans.bench.run import bench, plot, table
 from titans.cli import main
 from titans.memory import MemoryMLP
@@ -122,6 +122,58 @@ def test_unknown_names_are_refused(change, named):
         plan(**change)
 
 
+EXPERIMENT = """
+task: language
+output: out
+training: {length: 16, batch_size: 2}
+vary: {training.length: [16, 24], training.batch_size: [3, 2]}
+models:
+  flat: {model: &lmm {variant: lmm, hidden_size: 16, num_hidden_layers: 1, num_memory_heads: 2, chunk_size: 8,
+                      memory_depth: 1}}
+  deep: {model: {<<: *lmm, memory_depth: 2}}
+  llama: {model: {type: llama, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}}
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    path = tmp_path / "experiment.yaml"
+    path.write_text(EXPERIMENT)
+    return path
+
+
+def test_models_of_an_experiment_take_turns_at_each_length(experiment, tmp_path, capsys):
+    out = tmp_path / "steps.json"
+    options = ["--subjects", "[deep,flat]", "--rounds", "1", "--output", str(out)]
+    assert main(["bench", "--experiment", str(experiment), *options]) == 0, capsys.readouterr().err
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["name"], row["length"], row["tokens"]) for row in rows] == [
+        ("deep", 16, 48), ("flat", 16, 48), ("deep", 24, 48), ("flat", 24, 48),
+    ]  # fmt: skip
+    assert [row["sizes"]["model"]["memory_depth"] for row in rows] == [2, 1, 2, 1]
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    assert out.with_suffix(".png").exists()
+
+
+def test_an_experiments_models_are_checked_as_ours_are(experiment):
+    ((deep, llama),) = training_steps(str(experiment), ["deep", "llama"], [1], ["float32"], "cpu")[:1]
+    assert build(deep).check is not None
+    assert build(llama).check is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [("task: language", "task: forecasting", "task='forecasting'.* the task language"),
+     ("task: language", "task: language\ndata: {tokenizer: gpt2}", "data.tokenizer='gpt2'"),
+     ("  deep:", "  wide:", "subjects='deep' is unknown; use one of flat, wide, llama"),
+     ("[16, 24]", "[1, 24]", "training.length=1")],
+)  # fmt: skip
+def test_an_experiment_that_cannot_be_timed(experiment, old, new, message):
+    experiment.write_text(EXPERIMENT.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        training_steps(str(experiment), ["deep"], [1], ["float32"], "cpu")
+
+
 @pytest.mark.parametrize("name", SUITES)
 def test_a_suite_is_made_of_cases_that_exist(name):
     cases = [case for group in suite(name) for case in group]
@@ -147,6 +199,6 @@ def test_command_writes_its_results(tmp_path, capsys):
     assert result["command"].startswith("titans bench memory")
     assert out.with_suffix(".png").exists()
     assert main(["bench", "memory", "--suite", "gpu"]) == 2
-    assert "give one of the two" in capsys.readouterr().err
+    assert "give one of the three" in capsys.readouterr().err
     assert main(["bench", "speed"]) == 2
     assert "speed" in capsys.readouterr().err

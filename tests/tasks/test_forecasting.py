@@ -235,7 +235,8 @@ def test_a_dataset_by_its_name(tmp_path, capsys):
     options = ["--horizons", "2", "4", "--seeds", "1", "--windows", "128", "--models", "dlinear"]
     places = ["--output", str(tmp_path / "out"), "--json", str(tmp_path / "out.json")]
     assert main(["eval", "forecasting", *data, *options, *places]) == 0
-    assert "| model | MSE, mean | MAE, mean | MSE, horizon=2 |" in capsys.readouterr().out
+    head = "| model | parameters | tokens/s, horizon=2 | tokens/s, horizon=4 | MSE, mean | MAE, mean | MSE, horizon=2 |"
+    assert head in capsys.readouterr().out
     results = json.loads((tmp_path / "out.json").read_text())
     assert set(results["means"]) == {"dlinear"}
     assert list(results["variants"]) == ["horizon=2", "horizon=4"]

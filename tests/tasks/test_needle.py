@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 from titans.cli import main
 from titans.tasks import get_task
 from titans.tasks.needle import NEEDLE_DEPTHS, NOISE, RULER, Essay, Needles, read_words
-from titans.training.compare import Experiment, compare, table
+from titans.training.compare import Experiment, compare
 from titans.training.config import parse_config
 from titans.training.run import train
+from titans.training.tables import table
 from titans.training.trainer import RunTrainer
 
 TASK = get_task("needle")

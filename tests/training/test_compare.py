@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from titans.tasks import get_task
 from titans.training import compare as module
@@ -102,10 +103,50 @@ def test_a_varied_setting(values, tmp_path, monkeypatch):
     assert [means[f"bits per byte @ 32, length={n}"] for n in (16, 32)] == bits
     out = tmp_path / "out"
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert (out / "table.md").read_text().startswith("| model | bits per byte @ 32, mean |")
+    head = "| model | parameters | tokens/s, length=16 | tokens/s, length=32 | bits per byte @ 32, mean |"
+    assert (out / "table.md").read_text().startswith(head)
+    assert (out / "length.png").exists()
     assert (out / "length-16" / "results.json").exists()
     compare(Experiment.from_dict(values), TASK, say=lambda text: None)
     assert len(trained) == 4
+
+
+def test_depths_at_lengths_of_their_own(values, tmp_path, monkeypatch):
+    """Settings that change together; the headline and the speed are drawn over the first, a line a model."""
+    models = {f"depth_{depth}": {"variant": "lmm", "memory_depth": depth, **SMALL} for depth in (1, 2)}
+    models = {name: {"model": model, "panel": "titans"} for name, model in models.items()}
+    models["llama"] = values["models"]["llama"] | {"panel": "without"}
+    vary = {"training.length": [16, 32], "training.batch_size": [8, 4], "evaluation.lengths": [[16], [32]]}
+    values["training"]["tokens"] = 256
+    values |= {"tuning": None, "parameter_tolerance": None, "models": models, "vary": vary}
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: figures.append(self) or save(self, *args, **kw))
+    results = compare(Experiment.from_dict(values), TASK, say=lambda text: None)
+
+    variants = [variant["models"] for variant in results["variants"].values()]
+    assert list(results["variants"]) == ["length=16", "length=32"]
+    scores, others, speeds, _ = figures[-1].axes
+    assert (scores.get_title(), others.get_title(), scores.get_ylabel()) == ("titans", "without", "bits per byte")
+    assert [line.get_label() for line in scores.lines] == ["depth_1", "depth_2"]
+    for name, score, speed in zip(("depth_1", "depth_2"), scores.lines, speeds.lines, strict=True):
+        runs = [models[name]["runs"][0] for models in variants]
+        assert [run["tokens"] for run in runs] == [256, 256]
+        assert list(score.get_xdata()) == [16, 32]
+        windows = [run["metrics"]["windows"] for run in runs]
+        assert list(score.get_ydata()) == [windows[0]["16"]["bits_per_byte"], windows[1]["32"]["bits_per_byte"]]
+        assert list(speed.get_ydata()) == [run["tokens_per_second"] for run in runs]
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert f"| depth_1 | {variants[0]['depth_1']['parameters']:,} |" in text
+    assert "bits per byte @ 16, length=16 |" in text
+
+
+def test_what_is_not_done_for_all_values_has_no_line(values, tmp_path):
+    """Words may be varied, too."""
+    values["training"]["tokens"] = 128
+    values |= {"tuning": None, "vary": {"data.text_field": ["text", "body"]}}
+    results = compare(Experiment.from_dict(values), TASK, only=["llama"], say=lambda text: None)
+    assert list(results["means"]) == ["llama"]
+    assert (tmp_path / "out" / "text_field.png").exists()
 
 
 def test_a_varied_setting_is_like_that_setting(values):
@@ -139,9 +180,15 @@ def test_bad_keys(values):
         ({"models": {}}, "models"),
         ({"models": {"a": {"seeds": [0]}}}, r"models\.a"),
         ({"tuning": {"learning_rate": [1e-3]}}, "tuning"),
-        ({"vary": {"training.length": []}}, r"vary=.* use one setting and a list, as in \{data\.horizon"),
-        ({"vary": {"training.length": [16], "training.seed": [1]}}, "use one setting and a list"),
-        ({"vary": {"length": [16]}}, "use one setting and a list"),
+        ({"models": {"a": {"model": {}, "pannel": "x"}}}, r"models\.a=.*'seeds' and 'panel'"),
+        ({"vary": {}}, "use settings and lists"),
+        (
+            {"vary": {"training.length": []}},
+            r"vary=.* all of one length, as in \{data\.horizon",
+        ),
+        ({"vary": {"training.length": [16, 32], "training.batch_size": [1]}}, "all of one length"),
+        ({"vary": {"training.length": [16, 16], "training.seed": [0, 1]}}, "each value of the first setting once"),
+        ({"vary": {"length": [16]}}, "use settings and lists"),
     ):
         with pytest.raises(ValueError, match=message):
             Experiment.from_dict(values | change)

@@ -25,11 +25,29 @@ def test_experiments_are_valid_and_their_models_of_one_size(path):
     known = SimpleNamespace(channels=7, classes=["0", "1"])  # all that a forecaster or classifier must know
     tokenizer = nucleotide_tokenizer() if task.name == "dna" else byte_tokenizer()
     data = TaskData(train=known, validation=None, tokenizer=tokenizer)
-    counts = []
-    for name in experiment.models:
-        config = experiment.config(task, name, "count")
-        counts.append(task.build_model(config, data).num_parameters())
-    assert max(counts) <= min(counts) * (1 + experiment.parameter_tolerance)
+    for variant in experiment.variants().values() if experiment.vary else [experiment]:
+        configs = [variant.config(task, name, "count") for name in variant.models]
+        counts = [task.build_model(config, data).num_parameters() for config in configs]
+        if experiment.parameter_tolerance is not None:
+            assert max(counts) <= min(counts) * (1 + experiment.parameter_tolerance)
+
+
+def test_the_depths_see_equal_tokens_and_are_measured_at_their_length():
+    """One step is as many tokens at every length."""
+    experiment, task = Experiment.from_dict(load_yaml(ROOT / "benchmarks" / "depth.yaml")), get_task("language")
+    configs = [
+        variant.config(task, name, "run") for variant in experiment.variants().values() for name in variant.models
+    ]
+    assert len({(config.training.tokens_per_step, config.training.steps) for config in configs}) == 1
+    assert all(config.evaluation.lengths == [config.training.length] for config in configs)
+    panels = {}
+    for name, entry in experiment.models.items():
+        panels.setdefault(entry["panel"], []).append(entry["model"] | {"name": name})
+    assert len(panels) == 2
+    for models in panels.values():
+        assert [model.pop("memory_depth") for model in models] == [1, 2, 3, 4]
+        assert [model.pop("name")[-1] for model in models] == ["1", "2", "3", "4"]
+        assert all(model == models[0] for model in models)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")

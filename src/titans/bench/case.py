@@ -36,6 +36,7 @@ TASKS: dict[str, tuple[str, dict[str, str]]] = {
         dict.fromkeys(("mac", "mag", "mal", "lmm", "mamba2"), "titans.bench.models:stream"),
     ),
 }
+DTYPES, DEVICES = ("float32", "bfloat16"), ("cpu", "cuda")
 PASSES = {
     "op": ("forward", "backward"),
     "memory": ("forward", "backward"),
@@ -61,11 +62,11 @@ class Case:
     """One thing to time.
 
     Attributes:
-        task, subject: keys of TASKS.
+        task, subject: keys of TASKS; or "train" and the name of an experiment's model.
         measure: one of PASSES; "backward" is forward and backward.
         length: tokens.
         dtype: of the operands: "float32" or "bfloat16" (the memory's state is float32 in both).
-        sizes: the task's own, as in DEFAULT_SIZES.
+        sizes: the task's own, as in DEFAULT_SIZES; of an experiment's model its `model` and the `batch`.
         revision: commit whose code is timed; None for this one.
     """
 
@@ -101,7 +102,8 @@ class Subject:
 
 def build(case: Case) -> Subject:
     """Raises ImportError with the mend if a peer is not installed."""
-    module, _, function = TASKS[case.task][1][case.subject].partition(":")
+    place = "titans.bench.models:train" if "model" in case.sizes else TASKS[case.task][1][case.subject]
+    module, _, function = place.partition(":")
     return getattr(importlib.import_module(module), function)(case)
 
 
@@ -119,8 +121,8 @@ def groups(
     passes = passes or list(PASSES[task])
     _known("subjects", subjects, TASKS[task][1])
     _known("passes", passes, PASSES[task])
-    _known("dtypes", dtypes, ("float32", "bfloat16"))
-    _known("device", [device], ("cpu", "cuda"))
+    _known("dtypes", dtypes, DTYPES)
+    _known("device", [device], DEVICES)
     _known("sizes", sizes, DEFAULT_SIZES[task])
     sizes = DEFAULT_SIZES[task] | sizes
     revisions = [None] if against is None else [None, against]
@@ -154,6 +156,44 @@ def suite(name: str) -> list[list[Case]]:
         "threads": [1], "dtypes": ["bfloat16"], "passes": None, "device": "cuda", "sizes": {}, "against": None,
     }  # fmt: skip
     return [group for entry in SUITES[name] for group in groups(**(common | entry))]
+
+
+def training_steps(
+    path: str, subjects: list[str] | None, threads: list[int], dtypes: list[str], device: str
+) -> list[list[Case]]:
+    """A training step of each model of an experiment, at the lengths and batch sizes that it varies.
+
+    Args:
+        path: its YAML file; of the task language, and of bytes.
+        subjects: names of its models; None for all.
+
+    Raises:
+        ValueError: another task or tokenizer, an unknown model, dtype or device.
+    """
+    from titans.tasks import get_task
+    from titans.training.compare import Experiment
+    from titans.training.config import load_yaml, require
+
+    experiment = Experiment.from_dict(load_yaml(path))
+    require(experiment.task == "language", "task", experiment.task, f"in {path} the task language")
+    tokenizer = experiment.data.get("tokenizer", "bytes")
+    require(tokenizer == "bytes", "data.tokenizer", tokenizer, f"in {path} 'bytes', or leave it out")
+    subjects = subjects or list(experiment.models)
+    _known("subjects", subjects, experiment.models)
+    _known("dtypes", dtypes, DTYPES)
+    _known("device", [device], DEVICES)
+    planned = []
+    for variant in experiment.variants().values() if experiment.vary else [experiment]:
+        runs = {name: variant.config(get_task("language"), name, "step") for name in subjects}
+        planned += [
+            [
+                Case("train", name, "step", run.training.length, t, d, device,
+                     {"model": run.model, "batch": run.training.batch_size})
+                for name, run in runs.items()
+            ]
+            for t, d in itertools.product(threads, dtypes)
+        ]  # fmt: skip
+    return planned
 
 
 def _known(name: str, given, valid) -> None:

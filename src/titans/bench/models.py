@@ -13,11 +13,16 @@ STREAM_TOKENS, STREAM_PIECE, DECODE_TOKENS = 65_536, 4_096, 64
 
 
 def model(case: Case) -> Any:
-    """A byte-level model of the subject's kind at the case's sizes; its baselines get as many parameters."""
+    """A byte-level model, an experiment's or of the subject's kind at the case's sizes.
+
+    A baseline at the case's sizes gets as many parameters as a MAC.
+    """
     from titans.training.models import build_model
 
-    sizes = {name: value for name, value in case.sizes.items() if name not in ("batch", "reach", "chunk_size")}
     ids = {"vocab_size": 258, "eos_token_id": 256, "pad_token_id": 257}
+    if "model" in case.sizes:
+        return build_model(case.sizes["model"], **ids).to(case.device)
+    sizes = {name: value for name, value in case.sizes.items() if name not in ("batch", "reach", "chunk_size")}
 
     def ours(variant: str) -> dict[str, Any]:
         reach = {"segment_length": case.sizes["reach"]} if variant == "mac" else {"sliding_window": case.sizes["reach"]}
@@ -46,17 +51,19 @@ def _nearest(make: Callable[[int], Any], wanted: int, sizes: range) -> Any:
 
 def _check(case: Case, net: Any):
     """For our models: reading in pieces gives what reading at once gives."""
-    if case.subject not in VARIANTS:
+    config = net.config
+    if config.model_type != "titans":
         return None
+    reach = max(config.chunk_size, config.segment_length, config.sliding_window)
 
     def check() -> None:
         from titans.training.models import read_on
 
-        ids = torch.randint(0, 256, (1, 3 * case.sizes["reach"] + 1), device=case.device)
+        ids = torch.randint(0, 256, (1, 3 * reach + 1), device=case.device)
         with torch.no_grad():
             whole = net(ids).logits
-            first, cache = read_on(net, ids[:, : case.sizes["reach"] + 1])
-            rest, _ = read_on(net, ids[:, case.sizes["reach"] + 1 :], cache)
+            first, cache = read_on(net, ids[:, : reach + 1])
+            rest, _ = read_on(net, ids[:, reach + 1 :], cache)
         error = (torch.cat([first, rest], 1) - whole).abs().max().item()
         if not error < 1e-3:
             raise AssertionError(f"{case.subject} read in pieces differs by {error:.1e}; no speed is reported for it")

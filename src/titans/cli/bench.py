@@ -12,12 +12,13 @@ EXAMPLES = """examples:
   titans bench train --subjects "[mag,mac,llama]" --lengths "[1024,4096,16384]"
   titans bench decode --subjects "[mac,titans-pytorch]" --lengths "[16]"
   titans bench stream --subjects "[mac]" --rounds 32   2M tokens, 65,536 a round
+  titans bench --experiment benchmarks/depth.yaml      training steps of an experiment's models
   titans bench --suite gpu --output gpu.json           all that a GPU is to be asked
 """
 
 
 def main(arguments: list[str]) -> None:
-    from titans.bench.case import DEFAULT_SIZES, SUITES, TASKS, groups, suite
+    from titans.bench.case import DEFAULT_SIZES, SUITES, TASKS, groups, suite, training_steps
 
     parser = ConfigParser(
         prog="titans bench",
@@ -29,6 +30,10 @@ def main(arguments: list[str]) -> None:
     tasks = "; ".join(f"{name}: {text} ({', '.join(subjects)})" for name, (text, subjects) in TASKS.items())
     parser.add_argument("task", type=str | None, nargs="?", default=None, help=tasks)
     parser.add_argument("--suite", type=str | None, default=None, help=f"instead of a task: {', '.join(SUITES)}")
+    parser.add_argument(
+        "--experiment", type=str | None, default=None, help="instead of a task: a training step of each model of this "
+        "file of `titans compare`, at its lengths and batch sizes; --subjects are names of its models"
+    )  # fmt: skip
     parser.add_argument("--subjects", type=list[str] | None, default=None, help="first is the base of the ratios")
     parser.add_argument("--lengths", type=list[int], default=[4096], help="tokens")
     parser.add_argument("--threads", type=list[int], default=[1], help="threads of each process")
@@ -42,9 +47,16 @@ def main(arguments: list[str]) -> None:
     options = parse(parser, arguments)
 
     names = ("task", "subjects", "lengths", "threads", "dtypes", "passes", "device", "sizes", "against")
-    if (options.task is None) == (options.suite is None):
-        raise ValueError(f"task={options.task!r} and suite={options.suite!r}; give one of the two")
-    planned = suite(options.suite) if options.suite else groups(**{name: options[name] for name in names})
+    given = {name: options[name] for name in ("task", "suite", "experiment")}
+    if sum(value is not None for value in given.values()) != 1:
+        raise ValueError(", ".join(f"{name}={value!r}" for name, value in given.items()) + "; give one of the three")
+    if options.suite:
+        planned = suite(options.suite)
+    elif options.experiment:
+        own = ("subjects", "threads", "dtypes", "device")
+        planned = training_steps(options.experiment, **{name: options[name] for name in own})
+    else:
+        planned = groups(**{name: options[name] for name in names})
     quiet_libraries()
     from titans.bench.run import bench, plot, table
     from titans.training.files import write_atomically

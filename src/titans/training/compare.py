@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import shutil
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from titans.training.config import TrainConfig, nearest, parse_config, require
 from titans.training.files import write_atomically
 from titans.training.provenance import provenance
 from titans.training.run import train
+from titans.training.tables import over_variants, plot_variants, table, table_of_variants
 from titans.training.task import Task
 
 
@@ -25,14 +25,16 @@ class Experiment:
     Attributes:
         task: name of the task.
         output: folder of the results.
-        models: name -> `{"model": spec, "seeds": [..] (optional)}`.
+        models: name -> `{"model": spec, "seeds": [..], "panel": title}`, the latter two optional: models of one panel
+            share axes in the picture of `vary`.
         data, evaluation, training: as in a run's configuration, the same for every model.
         seeds: of every model that names none of its own.
         tuning: `{"learning_rate": [..], "tokens": N}`: each model tries each rate with its first seed on a short run of
             its own, and keeps the one with the lowest validation loss. None: `training.learning_rate` for all.
         parameter_tolerance: models whose parameter counts differ by more than this fraction are refused. None: none is.
         vary: one setting of `data`, `evaluation` or `training` and its values, as in `{"data.horizon": [96, 192]}`: the
-            whole comparison, tuning included, is made for each value, and the mean over them reported.
+            whole comparison, tuning included, is made for each value, the mean over them reported and the course over
+            them drawn. Further settings, with as many values each, change along with the first.
     """
 
     task: str
@@ -49,15 +51,20 @@ class Experiment:
     def __post_init__(self):
         require(bool(self.models), "models", self.models, "a mapping from a model's name to its settings")
         for name, entry in self.models.items():
-            extra = set(entry) - {"model", "seeds"}
-            require(not extra and "model" in entry, f"models.{name}", entry, "the keys 'model' and, if wanted, 'seeds'")
+            extra = set(entry) - {"model", "seeds", "panel"}
+            keys = "the keys 'model' and, if wanted, 'seeds' and 'panel'"
+            require(not extra and "model" in entry, f"models.{name}", entry, keys)
         if self.tuning is not None:
             valid = set(self.tuning) == {"learning_rate", "tokens"}
             require(valid, "tuning", self.tuning, "the keys 'learning_rate' (a list) and 'tokens'")
         if self.vary is not None:
-            one = len(self.vary) == 1 and all(isinstance(values, list) and values for values in self.vary.values())
             known = all(key.partition(".")[0] in ("data", "evaluation", "training") for key in self.vary)
-            require(one and known, "vary", self.vary, "one setting and a list, as in {data.horizon: [96, 192]}")
+            lists = bool(self.vary) and all(isinstance(values, list) and values for values in self.vary.values())
+            even = lists and len({len(values) for values in self.vary.values()}) == 1
+            mend = "settings and lists, all of one length, as in {data.horizon: [96, 192]}"
+            require(known and even, "vary", self.vary, mend)
+            first = next(iter(self.vary.values()))
+            require(len(set(map(str, first))) == len(first), "vary", self.vary, "each value of the first setting once")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Experiment":
@@ -68,17 +75,22 @@ class Experiment:
         require(not missing, "experiment", sorted(values), f"these keys as well: {', '.join(sorted(missing))}")
         return cls(**values)
 
+    @property
+    def varied(self) -> str:
+        """The name that the values of `vary` go by: that of its first setting."""
+        return next(iter(self.vary or {})).partition(".")[2]
+
     def variants(self) -> "dict[str, Experiment]":
         """The experiment for each value of `vary`, in a folder of its own, by a label such as `horizon=96`."""
-        ((setting, values),) = (self.vary or {}).items()
-        part, _, name = setting.partition(".")
-        return {
-            f"{name}={value}": replace(
-                self, vary=None, output=str(Path(self.output) / f"{name}-{value}"),
-                **{part: getattr(self, part) | {name: value}},
-            )
-            for value in values
-        }  # fmt: skip
+        vary, variants = self.vary or {}, {}
+        for values in zip(*vary.values(), strict=True):
+            parts = {part: dict(getattr(self, part)) for part in ("data", "evaluation", "training")}
+            for setting, value in zip(vary, values, strict=True):
+                part, _, key = setting.partition(".")
+                parts[part][key] = value
+            output = str(Path(self.output) / f"{self.varied}-{values[0]}")
+            variants[f"{self.varied}={values[0]}"] = replace(self, vary=None, output=output, **parts)
+        return variants
 
     def seeds_of(self, name: str) -> list[int]:
         return self.models[name].get("seeds", self.seeds)
@@ -125,7 +137,8 @@ def compare(
     """Runs what is not yet done, one run after the other; rewrites the results after each.
 
     In `experiment.output`: `results.json`, `table.md`, a picture, and the runs' folders below `runs/`. Where a setting
-    is varied, each value has such a folder below it; the two files then come last, when all values are done.
+    is varied, each value has such a folder below it; the three files then come last, when all values are done, and the
+    picture bears the setting's name.
 
     Args:
         only: train these models alone (another process may train the others); the results hold all that is done.
@@ -166,28 +179,13 @@ def _compare_variants(
     for label, variant in experiment.variants().items():
         say(f"## {label}")
         variants[label] = compare(variant, task, only, say)
-    means = {name: _over_variants(name, variants, task) for name in experiment.models}
+    means = {name: over_variants(name, variants, task) for name in experiment.models}
     results = {**_head(experiment), "means": {name: m for name, m in means.items() if m}, "variants": variants}
-    text = _markdown(results["means"], {}, task)
+    text = table_of_variants(results, task)
     _write(experiment, results, text)
+    plot_variants(results, task, Path(experiment.output) / f"{experiment.varied}.png")
     say(f"## {', '.join(variants)}\n{text}")
     return results
-
-
-def _over_variants(name: str, variants: dict[str, dict[str, Any]], task: Task) -> dict[str, list[float]]:
-    """A model's columns, over the seeds that are done for all values: means over the values, then each value's."""
-    by_label = {
-        label: {run["seed"]: task.summary(run["metrics"]) for run in results["models"][name]["runs"]}
-        for label, results in variants.items()
-    }
-    seeds = [seed for seed in next(iter(by_label.values())) if all(seed in runs for runs in by_label.values())]
-    rows: list[dict[str, float]] = []
-    for seed in seeds:
-        summaries = {label: runs[seed] for label, runs in by_label.items()}
-        shared = [column for column in next(iter(summaries.values())) if all(column in s for s in summaries.values())]
-        means = {f"{column}, mean": statistics.mean(s[column] for s in summaries.values()) for column in shared}
-        rows.append(means | {f"{column}, {label}": s[column] for label, s in summaries.items() for column in s})
-    return _columns(rows)
 
 
 def _collect(experiment: Experiment, task: Task, parameters: dict[str, int]) -> dict[str, Any]:
@@ -263,46 +261,3 @@ def _write(experiment: Experiment, results: dict[str, Any], text: str) -> None:
     folder = Path(experiment.output)
     write_atomically(folder / "results.json", json.dumps(results, indent=1))
     write_atomically(folder / "table.md", text + "\n")
-
-
-def table(results: dict[str, Any], task: Task) -> str:
-    """Markdown: a line a model, best first; mean over seeds, and the standard deviation where there are several."""
-    columns, about = {}, {}
-    for name, entry in results["models"].items():
-        if not entry["runs"]:
-            continue
-        columns[name] = _columns([task.summary(run["metrics"]) for run in entry["runs"]])
-        about[name] = {
-            "parameters": f"{entry['parameters']:,}",
-            "learning rate": str(entry["chosen"].get("learning_rate", "")),
-            "tokens/s": f"{statistics.mean(run['tokens_per_second'] for run in entry['runs']):,.0f}",
-        }
-    return _markdown(columns, about, task)
-
-
-def _columns(rows: list[dict[str, float]]) -> dict[str, list[float]]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row[name] for row in rows if name in row] for name in names}
-
-
-def _markdown(models: dict[str, dict[str, list[float]]], about: dict[str, dict[str, str]], task: Task) -> str:
-    """A line a model, ordered by its first column: what there is to say about it, then its columns over the seeds."""
-    order = sorted(
-        models, key=lambda name: statistics.mean(next(iter(models[name].values()))), reverse=task.higher_is_better
-    )
-    names = dict.fromkeys(column for name in order for column in models[name])
-    rows = []
-    for name in order:
-        cells = {column: _mean(models[name].get(column, [])) for column in names}
-        seeds = max(map(len, models[name].values()))
-        rows.append({"model": name, **about.get(name, {}), **cells, "seeds": str(seeds)})
-    head = list(rows[0]) if rows else ["model"]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])
-
-
-def _mean(values: list[float]) -> str:
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):,.3f}{spread}"
