@@ -20,8 +20,6 @@ def model(case: Case) -> Any:
     from titans.training.models import build_model
 
     ids = {"vocab_size": 258, "eos_token_id": 256, "pad_token_id": 257}
-    if "model" in case.sizes:
-        return build_model(case.sizes["model"], **ids).to(case.device)
     sizes = {name: value for name, value in case.sizes.items() if name not in ("batch", "reach", "chunk_size")}
 
     def ours(variant: str) -> dict[str, Any]:
@@ -29,7 +27,9 @@ def model(case: Case) -> Any:
         return {"variant": variant, "chunk_size": case.sizes["chunk_size"], **sizes, **reach}
 
     net: Any
-    if case.subject in VARIANTS:
+    if "model" in case.sizes:
+        net = build_model(case.sizes["model"], **ids)
+    elif case.subject in VARIANTS:
         net = build_model(ours(case.subject), **ids)
     else:
         wanted = build_model(ours("mac"), **ids).num_parameters()
