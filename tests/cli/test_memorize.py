@@ -14,7 +14,7 @@ import torch
 
 from titans.cli import main
 from titans.memory.state import load_tensors
-from titans.models import TitansCache
+from titans.models import TitansCache, TitansForCausalLM
 from titans.models.configuration import VARIANTS
 from titans.training import memorize as memorizing
 from titans.training.likelihood import measure
@@ -193,6 +193,16 @@ def test_a_resume_by_another_run_is_refused(half_read, tmp_path, capsys):
     assert "other weights" in capsys.readouterr().err
     assert memorize(make_run(tmp_path / "lmm", LMM), half_read, "-o", tmp_path / "m") == 2
     assert "variant='mac', not 'lmm'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("remarks", [{}, {"title": "a book"}])
+def test_a_memory_of_somebody_else_is_not_read_on(remarks, half_read, run, tmp_path, capsys):
+    model, path = TitansForCausalLM.from_pretrained(run), tmp_path / "m.unfinished"
+    cache = TitansCache.load(path, model)
+    cache.notes = remarks
+    cache.save_pretrained(path, model)
+    assert memorize(run, half_read, "-o", tmp_path / "m") == 2
+    assert "m.unfinished is a memory that `memorize` did not write" in capsys.readouterr().err
 
 
 def test_files_are_documents_however_they_are_packed(run, tmp_path, monkeypatch):

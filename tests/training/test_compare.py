@@ -179,6 +179,7 @@ def test_bad_keys(values):
         ({"modles": {}}, "modles"),
         ({"models": {}}, "models"),
         ({"models": {"a": {"seeds": [0]}}}, r"models\.a"),
+        ({"models": {"a": {"model": {}, "seeds": []}}}, r"seeds of a=\[\] is not valid; use at least one"),
         ({"tuning": {"learning_rate": [1e-3]}}, "tuning"),
         ({"models": {"a": {"model": {}, "pannel": "x"}}}, r"models\.a=.*'seeds' and 'panel'"),
         ({"vary": {}}, "use settings and lists"),

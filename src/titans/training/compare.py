@@ -54,6 +54,7 @@ class Experiment:
             extra = set(entry) - {"model", "seeds", "panel"}
             keys = "the keys 'model' and, if wanted, 'seeds' and 'panel'"
             require(not extra and "model" in entry, f"models.{name}", entry, keys)
+            require(bool(self.seeds_of(name)), f"seeds of {name}", self.seeds_of(name), "at least one")
         if self.tuning is not None:
             valid = set(self.tuning) == {"learning_rate", "tokens"}
             require(valid, "tuning", self.tuning, "the keys 'learning_rate' (a list) and 'tokens'")

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from pathlib import Path
 
@@ -81,8 +81,7 @@ def memorize(
     if output.exists():
         raise ValueError(f"output={str(output)!r} exists already; delete it or use another name")
     unfinished, identity = output.with_name(output.name + ".unfinished"), Identity.of(model)
-    cache = TitansCache.load(unfinished, model) if unfinished.exists() else TitansCache(len(model.model.layers))
-    reading, text = Reading(**cache.notes), hashlib.sha256()
+    (cache, reading), text = _so_far(unfinished, model), hashlib.sha256()
     pieces = stream(tokenizer, chain.from_iterable(stream_documents(path, text_field) for path in paths), PIECE)
     with _Bar(_count(tokenizer, paths), reading.tokens, progress) as bar:
         _skip(pieces, reading, text, unfinished)
@@ -98,6 +97,15 @@ def memorize(
     _save(cache, reading, text.hexdigest(), unfinished, identity)
     os.replace(unfinished, output)
     return reading
+
+
+def _so_far(unfinished: Path, model: TitansForCausalLM) -> tuple[TitansCache, Reading]:
+    if not unfinished.exists():
+        return TitansCache(len(model.model.layers)), Reading()
+    cache = TitansCache.load(unfinished, model)
+    if cache.notes.keys() != {field.name for field in fields(Reading)}:
+        raise ValueError(f"{unfinished} is a memory that `memorize` did not write; rename it, or use another output")
+    return cache, Reading(**cache.notes)
 
 
 def _existing(file: str | os.PathLike) -> Path:
