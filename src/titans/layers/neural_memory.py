@@ -40,6 +40,9 @@ class GateProjection(nn.Linear):
 class NeuralMemory(nn.Module):
     """Neural long-term memory (arXiv 2501.00663, section 3): a sequence mixer [B, T, dim] -> [B, T, dim].
 
+    What a token reads, and beside it the token's own value weighted by ``skip`` (learned; not in the paper), is
+    normalised head by head, gated and projected.
+
     Args:
         dim: width of inputs and outputs.
         heads: independent memories, each with its own weights in every sequence.
