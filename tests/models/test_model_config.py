@@ -47,6 +47,7 @@ BAD = [
     ({"initializer_range": float("inf")}, "initializer_range must be positive, got inf"),
     ({"memory_write_price": "1", "memory_gate": "write"}, "memory_write_price='1' must be 0 or more"),
     ({"num_persistent_tokens": 1.5}, "num_persistent_tokens must be"),
+    ({"num_persistent_tokens": True}, "num_persistent_tokens must be 0 or more, got True"),
 ]
 
 

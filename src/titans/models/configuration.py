@@ -138,7 +138,7 @@ class TitansConfig(PreTrainedConfig):
                 f"num_memory_heads={self.num_memory_heads} must be a multiple of "
                 f"num_memory_key_heads={self.num_memory_key_heads}"
             )
-        if not isinstance(self.num_persistent_tokens, int) or self.num_persistent_tokens < 0:
+        if not _is_integer(self.num_persistent_tokens) or self.num_persistent_tokens < 0:
             raise ValueError(
                 f"num_persistent_tokens must be 0 or more, got {self.num_persistent_tokens!r}; use an integer"
             )
@@ -163,8 +163,12 @@ class TitansConfig(PreTrainedConfig):
 
     def _check_positive(self, name: str) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not _is_integer(value) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def titans_tiny(variant: str = "mac", **overrides: Any) -> TitansConfig:
