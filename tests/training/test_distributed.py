@@ -1,6 +1,5 @@
 """Two processes train as one: the same YAML, the same losses, each other's checkpoints. They talk through gloo."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from run_cases import losses, write_text
 from safetensors.torch import load_file
 
 from titans.cli import main
@@ -30,10 +30,7 @@ HANGS = 600  # seconds after which processes are taken to wait for each other
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    rows = (f"{i} and {i * i}, " * (5 + i % 40) for i in range(60))
-    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    return path
+    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl", 60)
 
 
 def config(folder, text, variant="mal", carry=True, streaming=False, steps=10, **training):
@@ -111,13 +108,8 @@ def start(log, *commands, processes=2, fsdp2=False, code=0):
     return printed
 
 
-def losses(folder):
-    entries = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()]
-    return {(key, e["step"]): e[key] for e in entries for key in ("loss", "eval_loss") if key in e}
-
-
 def check_same(one, other):
-    one, other = losses(one), losses(other)
+    one, other = dict(losses(one)), dict(losses(other))
     assert one.keys() == other.keys()
     apart = max(abs(one[key] - other[key]) for key in one)
     print(f"{len(one)} losses, at most {apart:.1e} apart")
@@ -191,7 +183,7 @@ def test_bfloat16_leaves_the_memory_in_float32(tmp_path, text, fsdp2):
     start(tmp_path / "log", ["train", path, "--output", str(tmp_path / "two")], fsdp2=fsdp2)
     memory = load_file(memory_file(tmp_path / "two" / "checkpoints" / "checkpoint-10", 0))
     assert {t.dtype for name, t in memory.items() if "maps" in name} == {torch.float32}
-    precise, rounded = losses(tmp_path / "one"), losses(tmp_path / "two")
+    precise, rounded = dict(losses(tmp_path / "one")), dict(losses(tmp_path / "two"))
     assert 1e-5 < max(abs(precise[key] - rounded[key]) for key in precise) < 2e-2
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from run_cases import losses, write_text
 from safetensors.torch import load_file
 
 from titans.cli import main
@@ -34,10 +35,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    rows = (f"{i} and {i * i}, " * (5 + i % 40) for i in range(40))
-    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    return path
+    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl", 40)
 
 
 def config(folder, text, carry=False, **training):
@@ -52,11 +50,6 @@ def config(folder, text, carry=False, **training):
 
 def run(config, **options):
     return train(config, TASK, evaluate=False, progress=False, **options)
-
-
-def losses(folder):
-    entries = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()]
-    return [(e["step"], e[key]) for e in entries for key in ("loss", "eval_loss") if key in e]
 
 
 def weights(folder):

@@ -8,6 +8,7 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
+from run_cases import losses
 from safetensors.torch import load_file
 
 from titans.tasks import get_task
@@ -157,11 +158,6 @@ def config(folder, source, **options):
         "training": {"length": LENGTH, "batch_size": 3, "tokens": LENGTH * 6 * 15, "eval_every": 5,
                      "gradient_accumulation": 2},
     })  # fmt: skip
-
-
-def losses(folder):
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    return [(e["step"], e[key]) for e in entries for key in ("loss", "eval_loss") if key in e]
 
 
 @pytest.mark.parametrize("source", ["a.jsonl", "name"], indirect=True)
