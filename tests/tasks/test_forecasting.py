@@ -326,10 +326,10 @@ def test_bad_options_name_the_mend(waves, tmp_path, capsys):
         parse_config(TASK, {"data": {"horizon": 0}})
     with pytest.raises(ValueError, match=r"evaluation\.batch_size=0 is not valid"):
         parse_config(TASK, {"evaluation": {"batch_size": 0}})
-    with pytest.raises(ValueError, match=r"training\.batch_size=16 is more than the 15 items of the validation data"):
+    with pytest.raises(ValueError, match=r"training\.batch_size=128 is more than the 111 items of the training data"):
         train(parse_config(TASK, {"output": str(tmp_path / "run"), "model": {"type": "nlinear"},
                                   "data": {"path": str(waves), "horizon": 6},
-                                  "training": {"length": 24, "batch_size": 16}}), TASK)  # fmt: skip
+                                  "training": {"length": 24, "batch_size": 128}}), TASK)  # fmt: skip
     sizes = {"context_length": 24, "prediction_length": 6, "num_input_channels": 2}
     for spec, message in (
         ({"type": "patchts"}, r"model\.type='patchts' is not valid; use 'patchtst'"),

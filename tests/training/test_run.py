@@ -49,6 +49,17 @@ def test_run_folder_holds_all_and_loads_with_the_auto_classes(tmp_path, text):
     assert json.loads((folder / "result.json").read_text())["metrics"]["windows"].keys() == {"32", "whole"}
 
 
+def test_all_of_the_validation_data_counts(tmp_path, text):
+    run = config(tmp_path / "run", text, batch_size=16)
+    windows = TASK.load(run).validation
+    assert len(windows) % 16
+    result = train(run, TASK, evaluate=False, progress=False)
+    ids = torch.stack([torch.as_tensor(windows[i]["input_ids"]) for i in range(len(windows))])
+    with torch.no_grad():
+        loss = load_run(str(tmp_path / "run"))[0](ids, labels=ids).loss
+    assert result["validation_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
 class Interrupted(Exception):
     pass
 

@@ -163,7 +163,7 @@ def _arguments(config: TrainConfig, data: TaskData, folder: Path) -> TrainingArg
         logging_nan_inf_filter=training.skip_nonfinite,
         prediction_loss_only=True,
         label_names=[data.labels],
-        dataloader_drop_last=True,
+        dataloader_drop_last=True,  # in training: a step is of one size
         report_to="none",
         log_level_replica="error",
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -191,12 +191,12 @@ def _memory_hint(config: TrainConfig) -> Iterator[None]:
 
 
 def _check_enough(config: TrainConfig, data: TaskData) -> None:
-    for name, items in (("training", data.train), ("validation", data.validation)):
-        if len(items) < config.training.batch_size:
-            raise ValueError(
-                f"training.batch_size={config.training.batch_size} is more than the {len(items)} items of the "
-                f"{name} data; use a smaller batch, a shorter training.length or more data"
-            )
+    size, items = config.training.batch_size, len(data.train)  # validation takes what there is
+    if items < size:
+        raise ValueError(
+            f"training.batch_size={size} is more than the {items} items of the training data; use a smaller batch, a "
+            "shorter training.length or more data"
+        )
 
 
 def _save(model: Any, data: TaskData, folder: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -28,12 +29,13 @@ _NO_DECAY = re.compile(r"(^|\.)(gates_proj|bias|\w*norm\w*|persistent\w*|conv|sk
 
 
 class RunTrainer(Trainer):
-    """The Trainer with five differences.
+    """The Trainer with six differences.
 
-    Checkpoints are whole or not there. A step whose loss or gradient is not finite never reaches the weights: it stops
-    the run and leaves what reproduces it, or is skipped. Gates and norms do not decay. Where a batch says which of its
-    rows begin a document (``DocumentStreams``), the others go on with the memory of the batch before. Under FSDP2, too,
-    bfloat16 is autocast's, and whatever is written for others to read holds all of the weights.
+    All of the validation data counts, what fills no batch included. Checkpoints are whole or not there. A step whose
+    loss or gradient is not finite never reaches the weights: it stops the run and leaves what reproduces it, or is
+    skipped. Gates and norms do not decay. Where a batch says which of its rows begin a document (``DocumentStreams``),
+    the others go on with the memory of the batch before. Under FSDP2, too, bfloat16 is autocast's, and whatever is
+    written for others to read holds all of the weights.
 
     Args:
         skip_nonfinite: skip steps that are not finite instead of stopping.
@@ -59,6 +61,13 @@ class RunTrainer(Trainer):
             self.state.best_model_checkpoint = str(Path(self.args.output_dir or "") / checkpoint_name(best))
         if self.state.global_step < self.state.max_steps:  # the Trainer takes one step more when all were done
             super()._run_epoch(*args, **kwargs)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        self.args.dataloader_drop_last, training = False, self.args.dataloader_drop_last
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = training
 
     # The memory carried from batch to batch
 
