@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,8 @@ def test_unequal_sizes_are_refused_with_the_counts(values):
         compare(Experiment.from_dict(values), TASK)
 
 
-def test_models_shared_by_two_processes(values):
+def test_models_shared_by_two_processes(values, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/titans", "compare", "file.yaml", "--models", "[llama]", "--output=x"])
     values["tuning"] = None
     values["models"]["sliding"].pop("seeds")
     experiment = Experiment.from_dict(values)
@@ -76,6 +78,7 @@ def test_models_shared_by_two_processes(values):
     assert [len(entry["runs"]) for entry in first["models"].values()] == [0, 1]
     second = compare(experiment, TASK, only=["llama"], say=lambda text: None)
     assert [len(entry["runs"]) for entry in second["models"].values()] == [1, 1]
+    assert second["command"] == "titans compare file.yaml --output=x"  # which gives all of it
     with pytest.raises(ValueError, match="'llama'"):
         compare(experiment, TASK, only=["lama"])
 

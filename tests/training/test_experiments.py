@@ -25,7 +25,7 @@ def test_experiments_are_valid_and_their_models_of_one_size(path):
     known = SimpleNamespace(channels=7, classes=["0", "1"])  # all that a forecaster or classifier must know
     tokenizer = nucleotide_tokenizer() if task.name == "dna" else byte_tokenizer()
     data = TaskData(train=known, validation=None, tokenizer=tokenizer)
-    for variant in experiment.variants().values() if experiment.vary else [experiment]:
+    for variant in experiment.variants().values():
         configs = [variant.config(task, name, "count") for name in variant.models]
         counts = [task.build_model(config, data).num_parameters() for config in configs]
         if experiment.parameter_tolerance is not None:

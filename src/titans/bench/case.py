@@ -183,7 +183,7 @@ def training_steps(
     _known("dtypes", dtypes, DTYPES)
     _known("device", [device], DEVICES)
     planned = []
-    for variant in experiment.variants().values() if experiment.vary else [experiment]:
+    for variant in experiment.variants().values():
         runs = {name: variant.config(get_task("language"), name, "step") for name in subjects}
         planned += [
             [

@@ -244,7 +244,9 @@ class Babilong(QuestionTask):
 
     def preset(self) -> dict[str, Any]:
         """A small byte-level LMM that learns qa1 among as much text again."""
-        return super().preset() | {"evaluation": {"task": ["qa1"]}}
+        preset = super().preset()
+        training = preset["training"] | {"length": 1024, "batch_size": 8}
+        return preset | {"training": training, "evaluation": {"task": ["qa1"]}}
 
     def makers(self, data: BabilongData, split: str, names: list[str], tokenizer: Any) -> dict[str, Maker]:
         from titans.training.text import split_documents

@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,16 @@ class Experiment:
         return next(iter(self.vary or {})).partition(".")[2]
 
     def variants(self) -> "dict[str, Experiment]":
-        """The experiment for each value of `vary`, in a folder of its own, by a label such as `horizon=96`."""
-        vary, variants = self.vary or {}, {}
-        for values in zip(*vary.values(), strict=True):
+        """The experiment for each value of `vary`, in a folder of its own, by a label such as `horizon=96`.
+
+        Where nothing varies, itself.
+        """
+        if self.vary is None:
+            return {"": self}
+        variants = {}
+        for values in zip(*self.vary.values(), strict=True):
             parts = {part: dict(getattr(self, part)) for part in ("data", "evaluation", "training")}
-            for setting, value in zip(vary, values, strict=True):
+            for setting, value in zip(self.vary, values, strict=True):
                 part, _, key = setting.partition(".")
                 parts[part][key] = value
             output = str(Path(self.output) / f"{self.varied}-{values[0]}")
@@ -212,9 +217,19 @@ def _collect(experiment: Experiment, task: Task, parameters: dict[str, int]) -> 
 def _head(experiment: Experiment) -> dict[str, Any]:
     return {
         "provenance": provenance(),
-        "command": " ".join(["titans", *sys.argv[1:]]),
+        "command": " ".join(["titans", *_whole_command(sys.argv[1:])]),
         "experiment": experiment.__dict__,
     }
+
+
+def _whole_command(words: Sequence[str]) -> Iterator[str]:
+    """Without `--models`: it shares the work among processes, and the results hold what all of them did."""
+    rest = iter(words)
+    for word in rest:
+        if word == "--models":
+            next(rest, None)
+        elif not word.startswith("--models="):
+            yield word
 
 
 def _equal_parameters(experiment: Experiment, task: Task) -> dict[str, int]:

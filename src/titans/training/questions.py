@@ -187,19 +187,23 @@ class QuestionTask:
     higher_is_better = True
 
     def preset(self) -> dict[str, Any]:
-        """A small byte-level LMM and how it is trained; what is asked of it is the task's own."""
+        """A small byte-level LMM that writes little, with a convolution across an answer, and how it is trained."""
         return {
             "model": {
                 "type": "titans",
                 "variant": "lmm",
-                "hidden_size": 128,
-                "intermediate_size": 288,
+                "hidden_size": 64,
+                "intermediate_size": 128,
                 "num_hidden_layers": 2,
-                "num_memory_heads": 4,
+                "num_memory_heads": 2,
                 "memory_expansion": 1,
                 "chunk_size": 16,
+                "memory_max_lr": 0.3,
+                "memory_conv_size": 12,
+                "memory_gate": "write",
+                "memory_write_price": 0.03,
             },
-            "training": {"length": 1024, "batch_size": 8, "tokens": 4e6, "learning_rate": 4e-3, "eval_every": 0.1},
+            "training": {"length": 512, "batch_size": 16, "tokens": 6e6, "learning_rate": 4e-3, "eval_every": 0.1},
         }
 
     def makers(self, data: Any, split: str, names: list[str], tokenizer: Any) -> dict[str, Maker]:
