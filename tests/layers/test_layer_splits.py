@@ -83,10 +83,14 @@ def test_select_and_repeat(name, size):
 
 @cases
 def test_state_size_is_constant(name, size):
+    """Also of what lies behind its tensors: a view would keep what it was taken from."""
     layer = build(name, size)
-    with torch.no_grad():
-        sizes = {run(layer, tokens(B=1, T=n))[1].nbytes for n in (0, 1, 8, 21, 100)}
-    assert sizes == {layer.initial_state(1).nbytes}
+    size = layer.initial_state(1).nbytes
+    for n in (0, 1, 8, 21, 100):
+        with torch.no_grad():
+            state = run(layer, tokens(B=1, T=n))[1]
+        behind = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.tensors().values()}
+        assert state.nbytes == size >= sum(behind.values())
 
 
 @pytest.mark.parametrize("name", LAYERS)

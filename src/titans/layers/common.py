@@ -54,7 +54,7 @@ class ShortConvolution(nn.Module):
         else:  # less than a convolution's own start
             y = (padded * self.weight).sum(1, keepdim=True).to(x.dtype) if T else x
         if lengths is None:
-            return y, padded[:, T:]
+            return y, padded[:, T:].clone()  # a view would keep all of it
         last = lengths.unsqueeze(1) + torch.arange(tail, device=x.device)
         return y, take(padded, last)
 
