@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from titans.forecasting.grid import Table
+from titans.training.files import replace_durably
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -111,4 +112,4 @@ class Forecast:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.part")
         figure.savefig(temporary, format=path.suffix[1:], dpi=100)
-        os.replace(temporary, path)
+        replace_durably(temporary, path)

@@ -8,7 +8,7 @@ import numpy as np
 
 from titans.training.config import TrainConfig, option, require
 from titans.training.sequences import FILES, LabelledSequences, Record, classes_of, read_split
-from titans.training.task import TaskData
+from titans.training.task import TaskData, small_lmm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,16 +54,7 @@ class Dna:
     def preset(self) -> dict[str, Any]:
         """A small LMM; about ten passes over the training sequences of GUE's prom_core_tata."""
         return {
-            "model": {
-                "type": "titans",
-                "variant": "lmm",
-                "hidden_size": 64,
-                "intermediate_size": 128,
-                "num_hidden_layers": 2,
-                "num_memory_heads": 2,
-                "memory_expansion": 1,
-                "chunk_size": 16,
-            },
+            "model": small_lmm(),
             "training": {"length": 70, "batch_size": 32, "tokens": 3.4e6, "learning_rate": 2e-3},
         }
 

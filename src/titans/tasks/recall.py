@@ -13,7 +13,7 @@ import numpy as np
 
 from titans.training.config import TrainConfig, nearest, option, require
 from titans.training.tagging import NOTHING, TaggedSequences, right_answers
-from titans.training.task import TaskData
+from titans.training.task import TaskData, small_lmm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,16 +127,7 @@ class Recall:
     def preset(self) -> dict[str, Any]:
         """A small LMM on figure 2's smallest size."""
         return {
-            "model": {
-                "type": "titans",
-                "variant": "lmm",
-                "hidden_size": 64,
-                "intermediate_size": 128,
-                "num_hidden_layers": 2,
-                "num_memory_heads": 1,
-                "memory_expansion": 1,
-                "chunk_size": 16,
-            },
+            "model": small_lmm(num_memory_heads=1),
             "training": {"length": 64, "batch_size": 64, "tokens": 6.4e6, "learning_rate": 4e-3, "eval_every": 0.1},
         }
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from titans.training.config import TrainConfig, nearest, option, require
 from titans.training.tagging import NOTHING, TaggedSequences, right_answers
-from titans.training.task import TaskData
+from titans.training.task import TaskData, small_lmm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -192,16 +192,7 @@ class StateTracking:
     def preset(self) -> dict[str, Any]:
         """A small LMM with chunks of one token, parity of up to 40 bits."""
         return {
-            "model": {
-                "type": "titans",
-                "variant": "lmm",
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 1,
-                "num_memory_heads": 2,
-                "memory_expansion": 1,
-                "chunk_size": 1,
-            },
+            "model": small_lmm(hidden_size=32, intermediate_size=64, num_hidden_layers=1, chunk_size=1),
             "training": {"length": 41, "batch_size": 128, "tokens": 5e6, "learning_rate": 4e-3, "eval_every": 0.1},
         }
 

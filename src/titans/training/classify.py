@@ -1,7 +1,6 @@
 """Sequences in, probabilities of classes out: batch by batch, from a file of any size at constant memory."""
 
 import csv
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from titans.training.config import load_yaml, require
+from titans.training.files import replace_durably
 from titans.training.models import load_run
 from titans.training.nucleotides import reverse_complement
 from titans.training.sequences import Record, read_records
@@ -61,7 +61,7 @@ def classify(
                 for record, row in zip(batch, rows, strict=True):
                     writer.writerow([record.id, labels[row.argmax()], *(f"{p:.6f}" for p in row)])
                 count += len(batch)
-        os.replace(temporary, target)
+        replace_durably(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     return count

@@ -18,6 +18,7 @@ from titans.models import TitansCache, TitansForCausalLM
 from titans.models.causal_lm import PIECE
 from titans.models.memory_file import Identity
 from titans.training.config import require
+from titans.training.files import replace_durably
 from titans.training.text import is_fasta, stream_documents
 from titans.training.tokens import Tokenizer, is_bytes, stream
 
@@ -95,7 +96,7 @@ def memorize(
                 _save(cache, reading, text.hexdigest(), unfinished, identity)
             bar.show(reading, cache.nbytes)
     _save(cache, reading, text.hexdigest(), unfinished, identity)
-    os.replace(unfinished, output)
+    replace_durably(unfinished, output)
     return reading
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from titans.training.config import TextData, TrainConfig, nearest, option, require
-from titans.training.task import SPLITS, TaskData
+from titans.training.task import SPLITS, TaskData, small_lmm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -189,20 +189,7 @@ class QuestionTask:
     def preset(self) -> dict[str, Any]:
         """A small byte-level LMM that writes little, with a convolution across an answer, and how it is trained."""
         return {
-            "model": {
-                "type": "titans",
-                "variant": "lmm",
-                "hidden_size": 64,
-                "intermediate_size": 128,
-                "num_hidden_layers": 2,
-                "num_memory_heads": 2,
-                "memory_expansion": 1,
-                "chunk_size": 16,
-                "memory_max_lr": 0.3,
-                "memory_conv_size": 12,
-                "memory_gate": "write",
-                "memory_write_price": 0.03,
-            },
+            "model": small_lmm(memory_max_lr=0.3, memory_conv_size=12, memory_gate="write", memory_write_price=0.03),
             "training": {"length": 512, "batch_size": 16, "tokens": 6e6, "learning_rate": 4e-3, "eval_every": 0.1},
         }
 

@@ -77,3 +77,18 @@ class Task(Protocol):
     def plot(self, metrics: dict[str, dict[str, Any]], path: Path) -> None:
         """A picture of several runs' metrics, by name."""
         ...
+
+
+def small_lmm(**changes: Any) -> dict[str, Any]:
+    """The model of most presets, minutes on a CPU; ``changes``: settings of its own."""
+    return {
+        "type": "titans",
+        "variant": "lmm",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_memory_heads": 2,
+        "memory_expansion": 1,
+        "chunk_size": 16,
+        **changes,
+    }
