@@ -162,6 +162,14 @@ def test_a_varied_setting_is_like_that_setting(values):
     assert configs[0].training == configs[1].training
 
 
+def test_varied_paths_go_by_their_last_part(values):
+    experiment = Experiment.from_dict(values | {"vary": {"data.train": ["$DATA/a.txt", "$DATA/b.txt"]}})
+    assert list(experiment.variants()) == ["train=a.txt", "train=b.txt"]
+    assert Path(experiment.variants()["train=b.txt"].output) == Path(experiment.output) / "train-b.txt"
+    with pytest.raises(ValueError, match="each value of the first setting once"):
+        Experiment.from_dict(values | {"vary": {"data.train": ["x/a.txt", "y/a.txt"]}})
+
+
 def test_any_sizes_may_be_allowed(values):
     values["models"]["llama"]["model"]["hidden_size"] = 32
     values["parameter_tolerance"] = None

@@ -14,7 +14,7 @@ from titans.training.config import TrainConfig, nearest, parse_config, require
 from titans.training.files import write_atomically
 from titans.training.provenance import provenance
 from titans.training.run import train
-from titans.training.tables import over_variants, plot_variants, table, table_of_variants
+from titans.training.tables import over_variants, plot_variants, short, table, table_of_variants
 from titans.training.task import Task
 
 
@@ -65,7 +65,8 @@ class Experiment:
             mend = "settings and lists, all of one length, as in {data.horizon: [96, 192]}"
             require(known and even, "vary", self.vary, mend)
             first = next(iter(self.vary.values()))
-            require(len(set(map(str, first))) == len(first), "vary", self.vary, "each value of the first setting once")
+            once = len({short(value) for value in first}) == len(first)
+            require(once, "vary", self.vary, "each value of the first setting once")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Experiment":
@@ -94,8 +95,8 @@ class Experiment:
             for setting, value in zip(self.vary, values, strict=True):
                 part, _, key = setting.partition(".")
                 parts[part][key] = value
-            output = str(Path(self.output) / f"{self.varied}-{values[0]}")
-            variants[f"{self.varied}={values[0]}"] = replace(self, vary=None, output=output, **parts)
+            output = str(Path(self.output) / f"{self.varied}-{short(values[0])}")
+            variants[f"{self.varied}={short(values[0])}"] = replace(self, vary=None, output=output, **parts)
         return variants
 
     def seeds_of(self, name: str) -> list[int]:

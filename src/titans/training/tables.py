@@ -7,6 +7,11 @@ from typing import Any
 from titans.training.task import Task
 
 
+def short(value: Any) -> str:
+    """A value of a varied setting as names have it: of a path its last part."""
+    return str(value).rpartition("/")[2]
+
+
 def table(results: dict[str, Any], task: Task) -> str:
     """Markdown: a line a model, best first; mean over seeds, and the standard deviation where there are several."""
     columns, about = {}, {}
@@ -70,7 +75,7 @@ def plot_variants(results: dict[str, Any], task: Task, path: Path) -> None:
         lower.set_ylim(bottom=0)
         if numbers:
             lower.set_xscale("log", base=2)
-        lower.set_xticks(places, [str(value) for value in values])
+        lower.set_xticks(places, [short(value) for value in values])
         upper.legend(fontsize="small")
         for axes in (upper, lower):
             axes.grid(alpha=0.3)
