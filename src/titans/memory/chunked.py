@@ -56,10 +56,10 @@ def chunked(
             continue
         piece = piece.repeat(H)
         q_, k_, v_, gates_ = (t.transpose(1, 2).flatten(0, 1) for t in (q_, k_, v_, gates_))
-        x, d, loss = network.trace(weights_of(maps, base, dtype), norm, k_, v_)
+        x, d, error = network.trace(weights_of(maps, base, dtype), norm, k_, v_)
         if info:
-            surprises.append(_surprise(x, d, loss.dtype))
-            losses.append(loss)
+            surprises.append(_surprise(x, d, error.dtype))
+            losses.append(error.square().sum(-1))
         filled = [piece.place(new, old, C) for new, old in zip((*x, *d), held, strict=True)]
         x, d = filled[:L], filled[L:]
         masks = chunk_masks(piece.blank(gates_), piece.last)

@@ -129,7 +129,7 @@ class MemoryMLP:
 
         Returns:
             The inputs x^i [..., T, d_in] of every map, the loss's gradients d^i [..., T, d_out] at every map's output,
-            so that the gradient of token t at map i is the outer product of x^i_t and d^i_t, and the loss [..., T].
+            so that the gradient of token t at map i is the outer product of x^i_t and d^i_t, and ``M(k) - v``.
         """
         value, slope, _ = self.functions
         inputs, outputs = [k], []
@@ -137,12 +137,11 @@ class MemoryMLP:
             outputs.append(inputs[-1] @ w)
             inputs.append(value(outputs[-1]))
         offset, gain = self.offset(k, v, affine), affine and affine[0]
-        out = inputs[-1] @ maps[-1]
-        signal, norm = self.output_signal(out, gain, offset)
+        signal, error, _ = self.output_signal(inputs[-1] @ maps[-1], gain, offset)
         signals = [signal]
         for w, z in zip(reversed(maps[1:]), reversed(outputs), strict=True):
             signals.append(slope(signals[-1] @ w.mT, z))
-        return inputs, signals[::-1], self._error(out, gain, offset, norm).square().sum(-1)
+        return inputs, signals[::-1], error
 
     def offset(self, k: Tensor, v: Tensor, affine: tuple[Tensor, Tensor] | None) -> Tensor:
         """What the error ``M(k) - v`` holds besides the (normalised, scaled) output of the last map."""
@@ -153,14 +152,17 @@ class MemoryMLP:
         unit = norm[0] if self.norm else _at_least_float32(out)
         return offset + unit if gain is None else torch.addcmul(offset, unit, gain)
 
-    def output_signal(self, out: Tensor, gain: Tensor | None, offset: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Gradient of the loss at the last map's output ``out`` [..., D], and what the norm made of it."""
+    def output_signal(
+        self, out: Tensor, gain: Tensor | None, offset: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Gradient of the loss at the last map's output ``out`` [..., D], the error, and what the norm made of that."""
         wide = _at_least_float32(out)
         norm = torch.native_layer_norm(wide, wide.shape[-1:], None, None, self.norm_eps) if self.norm else ()
-        grad = 2 * self._error(out, gain, offset, norm)
+        error = self._error(out, gain, offset, norm)
+        grad = 2 * error
         if self.norm:
             grad = self._norm_backward(grad if gain is None else grad * gain, wide, norm)
-        return grad.to(out.dtype), norm
+        return grad.to(out.dtype), error, norm
 
     def output_signal_backward(
         self, out: Tensor, gain: Tensor | None, offset: Tensor, norm: Sequence[Tensor], signal: Tensor,

@@ -145,7 +145,7 @@ def _forward(network: MemoryMLP, t: _Inputs, gain, base: Tensors, maps: Tensors)
         z.append(torch.bmm(x[-1], w))
         x.append(value(z[-1]))
     z.append(torch.bmm(x[-1], W[-1]))
-    signal, norm = network.output_signal(z[-1], gain, t.offset)
+    signal, _, norm = network.output_signal(z[-1], gain, t.offset)
     d, u = [signal], []
     for w, z_i in zip(reversed(W[1:]), reversed(z[:-1]), strict=True):
         u.insert(0, torch.bmm(d[0], w.mT))
