@@ -165,9 +165,34 @@ def test_an_experiments_models_are_checked_as_ours_are(experiment):
     assert build(llama).check is None
 
 
+def test_forecasters_of_an_experiment(tmp_path, monkeypatch):
+    """Planned at the file's channels; ours is timed only if it forecasts as with the reference."""
+    data, path = tmp_path / "series.csv", tmp_path / "experiment.yaml"
+    data.write_text("date,a,b\n" + "".join(f"{i},{i % 7},{i % 5}\n" for i in range(200)))
+    model = "{hidden_size: 8, num_attention_heads: 2, num_hidden_layers: 1, chunk_size: 2, patch_length: 4}"
+    path.write_text(
+        f"{{task: forecasting, output: out, data: {{path: '{data}', horizon: 5}}, training: {{batch_size: 3}}, "
+        f"vary: {{training.length: [16, 24]}}, "
+        f"models: {{ours: {{model: {model}}}, flat: {{model: {{type: dlinear}}}}}}}}"
+    )
+    planned = training_steps(str(path), None, [1], ["float32"], "cpu")
+    assert [[(case.name, case.length) for case in group] for group in planned] == [
+        [("ours", 16), ("flat", 16)], [("ours", 24), ("flat", 24)]
+    ]  # fmt: skip
+    ours, flat = map(build, planned[1])
+    assert flat.check is None
+    ours.check()
+    for subject in (ours, flat):
+        subject.run()
+        assert subject.tokens == 3 * 24
+    monkeypatch.setattr("titans.memory.chunked.widen", lambda x, mix: torch.cat([x, x], -1))
+    with pytest.raises(AssertionError, match="ours differs from the reference"):
+        ours.check()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
-    [("task: language", "task: forecasting", "task='forecasting'.* the task language"),
+    [("task: language", "task: recall", "task='recall'.* the task language or forecasting"),
      ("task: language", "task: language\ndata: {tokenizer: gpt2}", "data.tokenizer='gpt2'"),
      ("  deep:", "  wide:", "subjects='deep' is unknown; use one of flat, wide, llama"),
      ("[16, 24]", "[1, 24]", "training.length=1")],

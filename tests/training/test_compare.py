@@ -63,6 +63,13 @@ def test_tunes_trains_tabulates_and_resumes(values, tmp_path, monkeypatch):
     assert (out / "position.png").exists()
 
 
+def test_a_trial_may_be_a_fraction_of_the_run(values):
+    """Of what each value of `vary` sees."""
+    values |= {"tuning": {"learning_rate": [1e-3], "tokens": 0.25}, "vary": {"training.tokens": [1024, 2048]}}
+    trials = [v.trials(TASK, "llama")[1e-3].training.tokens for v in Experiment.from_dict(values).variants().values()]
+    assert trials == [256, 512]
+
+
 def test_unequal_sizes_are_refused_with_the_counts(values):
     values["models"]["llama"]["model"]["hidden_size"] = 32
     with pytest.raises(ValueError, match=r"llama [\d,]+, sliding [\d,]+"):

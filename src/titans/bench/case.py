@@ -66,7 +66,8 @@ class Case:
         measure: one of PASSES; "backward" is forward and backward.
         length: tokens.
         dtype: of the operands: "float32" or "bfloat16" (the memory's state is float32 in both).
-        sizes: the task's own, as in DEFAULT_SIZES; of an experiment's model its `model` and the `batch`.
+        sizes: the task's own, as in DEFAULT_SIZES; of an experiment's model its `model` and the `batch`, and of a
+            forecaster the `horizon` and the `channels`.
         revision: commit whose code is timed; None for this one.
     """
 
@@ -102,7 +103,9 @@ class Subject:
 
 def build(case: Case) -> Subject:
     """Raises ImportError with the mend if a peer is not installed."""
-    place = "titans.bench.models:train" if "model" in case.sizes else TASKS[case.task][1][case.subject]
+    place = TASKS[case.task][1].get(case.subject, "")
+    if "model" in case.sizes:
+        place = f"titans.bench.models:{'forecast' if 'horizon' in case.sizes else 'train'}"
     module, _, function = place.partition(":")
     return getattr(importlib.import_module(module), function)(case)
 
@@ -164,7 +167,7 @@ def training_steps(
     """A training step of each model of an experiment, at the lengths and batch sizes that it varies.
 
     Args:
-        path: its YAML file; of the task language, and of bytes.
+        path: its YAML file; of the task language, and of bytes, or of the task forecasting, whose data are read.
         subjects: names of its models; None for all.
 
     Raises:
@@ -175,7 +178,9 @@ def training_steps(
     from titans.training.config import load_yaml, require
 
     experiment = Experiment.from_dict(load_yaml(path))
-    require(experiment.task == "language", "task", experiment.task, f"in {path} the task language")
+    task = get_task(experiment.task)
+    known = task.name in ("language", "forecasting")
+    require(known, "task", task.name, f"in {path} the task language or forecasting")
     tokenizer = experiment.data.get("tokenizer", "bytes")
     require(tokenizer == "bytes", "data.tokenizer", tokenizer, f"in {path} 'bytes', or leave it out")
     subjects = subjects or list(experiment.models)
@@ -184,15 +189,18 @@ def training_steps(
     _known("device", [device], DEVICES)
     planned = []
     for variant in experiment.variants().values():
-        runs = {name: variant.config(get_task("language"), name, "step") for name in subjects}
+        runs = {name: variant.config(task, name, "step") for name in subjects}
+        first = runs[subjects[0]]
+        sizes: dict[str, Any] = {"batch": first.training.batch_size}
+        if task.name == "forecasting":
+            sizes |= {"horizon": first.data.horizon, "channels": task.load(first).train.channels}
         planned += [
             [
-                Case("train", name, "step", run.training.length, t, d, device,
-                     {"model": run.model, "batch": run.training.batch_size})
+                Case("train", name, "step", run.training.length, t, d, device, {"model": run.model, **sizes})
                 for name, run in runs.items()
             ]
             for t, d in itertools.product(threads, dtypes)
-        ]  # fmt: skip
+        ]
     return planned
 
 

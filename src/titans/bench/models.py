@@ -1,4 +1,4 @@
-"""Subjects of `bench train`, `decode` and `stream`: whole language models."""
+"""Subjects of `bench train`, `decode` and `stream`: whole language models; of an experiment, forecasters as well."""
 
 import bisect
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from titans.bench.case import Case, Subject, load_peer
+from titans.layers import NeuralMemory
 
 VARIANTS = ("mac", "mag", "mal", "lmm")
 STREAM_TOKENS, STREAM_PIECE, DECODE_TOKENS = 65_536, 4_096, 64
@@ -79,16 +80,49 @@ def train(case: Case) -> Subject:
     net = model(case)
     check = _check(case, net.eval())
     net.train().config.use_cache = False
-    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
     ids = torch.randint(0, 256, (case.sizes["batch"], case.length), device=case.device)
+    return Subject(_step(case, net, input_ids=ids, labels=ids), ids.numel(), check)
+
+
+def forecast(case: Case) -> Subject:
+    """A training step of an experiment's forecaster, on rows of random numbers; tokens are the look-back's rows."""
+    from titans.training.forecasters import build_forecaster
+
+    sizes = case.sizes
+    lengths = {"context_length": case.length, "prediction_length": sizes["horizon"]}
+    net: Any = build_forecaster(sizes["model"], **lengths, num_input_channels=sizes["channels"]).to(case.device)
+    past, future = (
+        torch.randn(sizes["batch"], rows, sizes["channels"], device=case.device) for rows in lengths.values()
+    )
+    memories = [module for module in net.modules() if isinstance(module, NeuralMemory)]
+
+    @torch.no_grad()
+    def check() -> None:
+        found = []
+        for backend in ("reference", "auto"):
+            for memory in memories:
+                memory.backend = backend
+            found.append(net.eval()(past_values=past[:1]).prediction_outputs)
+        net.train()
+        error = (found[0] - found[1]).abs().max().item()
+        if not error < 1e-3:
+            raise AssertionError(f"{case.subject} differs from the reference by {error:.1e}; no speed is reported")
+
+    step = _step(case, net.train(), past_values=past, future_values=future)
+    return Subject(step, sizes["batch"] * case.length, check if memories else None)
+
+
+def _step(case: Case, net: Any, **batch: torch.Tensor) -> Callable[[], None]:
+    """A training step on a batch."""
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
 
     def run() -> None:
         with _autocast(case):
-            net(input_ids=ids, labels=ids).loss.backward()
+            net(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return Subject(run, ids.numel(), check)
+    return run
 
 
 def decode(case: Case) -> Subject:

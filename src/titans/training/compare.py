@@ -30,7 +30,8 @@ class Experiment:
         data, evaluation, training: as in a run's configuration, the same for every model.
         seeds: of every model that names none of its own.
         tuning: `{"learning_rate": [..], "tokens": N}`: each model tries each rate with its first seed on a short run of
-            its own, and keeps the one with the lowest validation loss. None: `training.learning_rate` for all.
+            its own, and keeps the one with the lowest validation loss. N up to 1 is a fraction of `training.tokens`.
+            None: `training.learning_rate` for all.
         parameter_tolerance: models whose parameter counts differ by more than this fraction are refused. None: none is.
         vary: one setting of `data`, `evaluation` or `training` and its values, as in `{"data.horizon": [96, 192]}`: the
             whole comparison, tuning included, is made for each value, the mean over them reported and the course over
@@ -120,8 +121,11 @@ class Experiment:
         """The short runs that try each learning rate."""
         if self.tuning is None:
             return {}
+        tokens = self.tuning["tokens"]
+        if tokens <= 1:
+            tokens *= self.config(task, name, "whole").training.tokens
         # One validation, at the end: a trial is short.
-        short = {"tokens": self.tuning["tokens"], "seed": self.seeds_of(name)[0], "eval_every": 1}
+        short = {"tokens": tokens, "seed": self.seeds_of(name)[0], "eval_every": 1}
         rates = self.tuning["learning_rate"]
         return {rate: self.config(task, name, f"tune{rate:g}", learning_rate=rate, **short) for rate in rates}
 
