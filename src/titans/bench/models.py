@@ -90,7 +90,8 @@ def forecast(case: Case) -> Subject:
 
     sizes = case.sizes
     lengths = {"context_length": case.length, "prediction_length": sizes["horizon"]}
-    net: Any = build_forecaster(sizes["model"], **lengths, num_input_channels=sizes["channels"]).to(case.device)
+    net: Any = build_forecaster(sizes["model"], **lengths, num_input_channels=sizes["channels"])
+    net.to(case.device)
     past, future = (
         torch.randn(sizes["batch"], rows, sizes["channels"], device=case.device) for rows in lengths.values()
     )

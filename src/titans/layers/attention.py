@@ -126,8 +126,8 @@ class SlidingWindowAttention(_Attention):
     def _next(self, state: WindowState, keys: Tensor, values: Tensor, T: int, lengths: Tensor | None) -> WindowState:
         W = self.window
         if lengths is None:
-            ends = (t[:, T:].clone() for t in (keys, values))  # views would keep all of them
-            return WindowState(*ends, (state.count + T).clamp(max=W))
+            keys, values = keys[:, T:].clone(), values[:, T:].clone()  # views would keep all of them
+            return WindowState(keys, values, (state.count + T).clamp(max=W))
         last = lengths.unsqueeze(1) + torch.arange(W, device=keys.device)
         return WindowState(take(keys, last), take(values, last), (state.count + lengths).clamp(max=W))
 
