@@ -13,6 +13,9 @@ SMALL = {
     "mamba2": {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 16, "state_size": 8, "chunk_size": 16},
     "gated_delta_net": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
                         "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    "olmo_hybrid": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+                    "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    "lstm": {"hidden_size": 32, "num_hidden_layers": 2},
 }  # fmt: skip
 
 
@@ -60,8 +63,8 @@ def test_a_sliding_window_forgets_and_full_attention_does_not():
     changed = ids.clone()
     changed[:, 0] = (changed[:, 0] + 1) % 256
     with torch.no_grad():
-        for kind, forgets in (("sliding_llama", True), ("llama", False)):
-            model = small(kind, num_hidden_layers=1).eval()
+        for kind, forgets in (("sliding_llama", True), ("llama", False), ("olmo_hybrid", False)):
+            model = small(kind, num_hidden_layers=2 if kind == "olmo_hybrid" else 1).eval()
             same = torch.equal(model(input_ids=ids).logits[:, -1], model(input_ids=changed).logits[:, -1])
             assert same is forgets
             assert has_constant_state(model) is forgets

@@ -17,6 +17,9 @@ SMALL = {
     "mamba2": {"hidden_size": 16, "num_hidden_layers": 1, "head_dim": 8, "state_size": 8, "chunk_size": 8},
     "gated_delta_net": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
                         "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    "olmo_hybrid": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+                    "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    "lstm": {"hidden_size": 16, "num_hidden_layers": 1},
     "transformer": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2},
     "cnn": {"hidden_size": 16},
 }  # fmt: skip
@@ -86,7 +89,7 @@ def test_round_trip(kind, tmp_path):
     assert_equal(loaded.eval()(ids()).logits, model(ids()).logits)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mamba2", "gated_delta_net"])
+@pytest.mark.parametrize("kind", ["llama", "mamba2", "gated_delta_net", "lstm"])
 def test_backbones_start_as_in_the_language_model(kind):
     """The wrapper draws nothing before them, and what a library sets by hand stays."""
     spec = {"type": kind, **SMALL[kind]}

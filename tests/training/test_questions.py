@@ -22,6 +22,9 @@ SMALL = {
     "mamba2": {"hidden_size": 16, "num_hidden_layers": 1, "head_dim": 16, "state_size": 8, "chunk_size": 16},
     "gated_delta_net": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
                         "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    "olmo_hybrid": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+                    "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    "lstm": {"hidden_size": 16, "num_hidden_layers": 1},
 }  # fmt: skip
 
 

@@ -20,36 +20,45 @@ from transformers import (
 from titans.models.configuration import linear_start
 from titans.training.config import check_settings, nearest, refusals
 
-# type -> (module below transformers.models, config class, model class, defaults that make a model of about a million
+# type -> (module, config class, model class, defaults that make a model of about a million
 # parameters). The embeddings are tied in all of them.
 _BASELINES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama": (
-        "llama",
+        "transformers.models.llama",
         "LlamaConfig",
         "LlamaForCausalLM",
         {"hidden_size": 128, "intermediate_size": 360, "num_hidden_layers": 5, "num_attention_heads": 4},
     ),
     "sliding_llama": (
-        "mistral",
+        "transformers.models.mistral",
         "MistralConfig",
         "MistralForCausalLM",
         {"hidden_size": 128, "intermediate_size": 360, "num_hidden_layers": 5, "num_attention_heads": 4,
          "sliding_window": 64},
     ),
     "mamba2": (
-        "mamba2",
+        "transformers.models.mamba2",
         "Mamba2Config",
         "Mamba2ForCausalLM",
         {"hidden_size": 128, "num_hidden_layers": 9, "head_dim": 64, "state_size": 48, "n_groups": 1, "chunk_size": 64},
     ),
     "gated_delta_net": (
-        "qwen3_5",
+        "transformers.models.qwen3_5",
         "Qwen3_5TextConfig",
         "Qwen3_5ForCausalLM",
         {"hidden_size": 128, "intermediate_size": 248, "num_hidden_layers": 5,
          "linear_num_key_heads": 2, "linear_num_value_heads": 2,
          "linear_key_head_dim": 64, "linear_value_head_dim": 96},
     ),
+    # the gated delta net whose factors reach from -1 to 1; the library wants at least one layer of attention
+    "olmo_hybrid": (
+        "transformers.models.olmo_hybrid",
+        "OlmoHybridConfig",
+        "OlmoHybridForCausalLM",
+        {"hidden_size": 128, "intermediate_size": 268, "num_hidden_layers": 5, "num_attention_heads": 2,
+         "linear_key_head_dim": 64, "linear_value_head_dim": 96},
+    ),
+    "lstm": ("titans.training.lstm", "LSTMConfig", "LSTMForCausalLM", {}),
 }  # fmt: skip
 MODEL_TYPES = ("titans", *_BASELINES)
 
@@ -81,7 +90,7 @@ def build_model(
         raise ValueError(f"model.type={kind!r} is unknown; use {nearest(kind, MODEL_TYPES)}")
     config = baseline_config(kind, fields)
     module_name, _, model_name, _ = _BASELINES[kind]
-    model_class = getattr(importlib.import_module(f"transformers.models.{module_name}"), model_name)
+    model_class = getattr(importlib.import_module(module_name), model_name)
     with refusals(spec, type(config).__name__):
         return model_class(config)
 
@@ -99,7 +108,7 @@ def token_settings(vocab_size: int, eos_token_id: int, pad_token_id: int) -> dic
 def baseline_config(kind: str, fields: dict[str, Any]) -> PreTrainedConfig:
     """A baseline's configuration: `fields`, which are checked, and our defaults beneath them."""
     module_name, config_name, _, defaults = _BASELINES[kind]
-    config_class = getattr(importlib.import_module(f"transformers.models.{module_name}"), config_name)
+    config_class = getattr(importlib.import_module(module_name), config_name)
     check_settings(kind, fields, set(config_class.__annotations__) - {"layer_types"})
     with refusals(fields, config_name):
         config = config_class(**_derived(kind, {"tie_word_embeddings": True, **defaults, **fields}))
@@ -121,12 +130,14 @@ def _derived(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
     if kind == "gated_delta_net":
         # Every layer linear; the library's cache of such a model cannot drive generate(), so it is off by default.
         return {"layer_types": ["linear_attention"] * fields["num_hidden_layers"], "use_cache": False, **fields}
+    if kind in ("olmo_hybrid", "lstm"):
+        return fields
     return {"num_key_value_heads": fields["num_attention_heads"], "max_position_embeddings": 2**20, **fields}
 
 
 def has_constant_state(model: PreTrainedModel) -> bool:
     """Whether what the model carries from token to token stays of one size however long the text."""
-    return model.config.model_type != "llama"
+    return model.config.model_type not in ("llama", "olmo_hybrid")
 
 
 def read_on(
@@ -159,7 +170,8 @@ def load_run(run: str) -> tuple[Any, Any]:
         ValueError: the checkpoint cannot be read.
     """
     import titans.training.classifiers
-    import titans.training.forecasters  # noqa: F401  registers what is not a library's own with the Auto classes
+    import titans.training.forecasters
+    import titans.training.lstm  # noqa: F401  registers, as those two, what is not a library's own with the Auto classes
 
     folder = Path(run)
     weights = folder / "model.safetensors"
