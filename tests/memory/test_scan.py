@@ -44,6 +44,11 @@ def test_chunks_on_both_sides_of_a_piece(chunks, carried, calls):
 
 
 @pytest.mark.parametrize("network", OPTIONS)
+def test_chunks_of_one_token_with_every_network(network):
+    assert_same(make(OPTIONS[network], B=1, T=4, C=1, lr=0.005).on(forget="start"), info=False)
+
+
+@pytest.mark.parametrize("network", OPTIONS)
 def test_recomputation_with_every_network(network):
     assert_same(make(OPTIONS[network], B=1, T=(GROUP + 2) * C + 1, C=C, lr=0.005), info=False)
 

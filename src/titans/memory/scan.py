@@ -152,14 +152,15 @@ def _forward(network: MemoryMLP, t: _Inputs, gain, base: Tensors, maps: Tensors)
         d.insert(0, slope(u[0], z_i))
     flat = [m.to(dtype).flatten(1, 2) for m in maps]
     r = [torch.bmm(t.wide_q, flat[0]) if t.base_q is None else torch.baddbmm(t.base_q, t.wide_q, flat[0])]
-    r[0].baddbmm_(t.scores, d[0], alpha=-1)
+    _add_product(r[0], t.scores, d[0], -1)
     h, both, raw, scores = [], [], [], []
     for i in range(1, network.depth):
         h.append(value(r[-1]))
         raw.append(torch.bmm(h[-1], x[i].mT))
         scores.append((raw[-1] * t.write).to(dtype))
         both.append(torch.bmm(h[-1], flat[i].mT))
-        r.append(narrow(both[-1], t.read).baddbmm_(scores[-1], d[i], alpha=-1))
+        r.append(narrow(both[-1], t.read))
+        _add_product(r[-1], scores[-1], d[i], -1)
         if base:
             r[-1].baddbmm_(h[-1], base[i].to(dtype).mT)
     sides = [(t.wide_k, d[0]), *(factors(i, x[i], d[i], t.to_state) for i in range(1, network.depth))]
@@ -234,7 +235,7 @@ def _backward_read(network: MemoryMLP, s: _Chunk, t: _Inputs, base: Tensors, gr,
     for i in reversed(range(1, network.depth)):
         h, x, both, raw, scores = s.h[i - 1], s.x[i], s.both[i - 1], s.raw[i - 1], s.scores[i - 1]
         gscores, gboth = torch.bmm(gr, s.d[i].mT).neg_(), widen(gr, t.read)
-        gd[i].baddbmm_(scores.mT, gr, alpha=-1)
+        _add_product(gd[i], scores.mT, gr, -1)
         gt.read.add_(_weights_grad(both, gr))
         _add_product(gmaps[i].flatten(1, 2), gboth.mT, h)
         gt.write.addcmul_(gscores, raw)
@@ -243,14 +244,14 @@ def _backward_read(network: MemoryMLP, s: _Chunk, t: _Inputs, base: Tensors, gr,
         if base:
             _add_product(gbase[i], gr.mT, h)
             gh.baddbmm_(gr, base[i].to(dtype))
-        gx[i].baddbmm_(gscores.mT, h)
+        _add_product(gx[i], gscores.mT, h)
         gr = slope(gh, s.r[i - 1])
     if gt.base_q is not None:
         gt.base_q.copy_(gr)
     torch.bmm(gr, flat[0].mT, out=gt.wide_q)
     torch.bmm(gr, s.d[0].mT, out=gt.scores).neg_()
     _add_product(gmaps[0].flatten(1, 2), t.wide_q.mT, gr)
-    gd[0].baddbmm_(t.scores.mT, gr, alpha=-1)
+    _add_product(gd[0], t.scores.mT, gr, -1)
 
 
 def _backward_keys(network: MemoryMLP, s: _Chunk, t: _Inputs, gain, base: Tensors, gx, gd, gmaps, gbase, gt, ggain):
@@ -265,7 +266,9 @@ def _backward_keys(network: MemoryMLP, s: _Chunk, t: _Inputs, gain, base: Tensor
     if ggain is not None:
         ggain += ggain_here
     for i in reversed(range(network.depth)):
-        gW = torch.bmm(gz.mT, s.x[i]).baddbmm_(s.d[i].mT, gu[i - 1]) if i else torch.bmm(s.x[0].mT, gz)
+        gW = _product(gz.mT, s.x[i]) if i else _product(s.x[0].mT, gz)
+        if i:
+            _add_product(gW, s.d[i].mT, gu[i - 1])
         gmaps[i][:, 0].add_(gW)
         if base:
             gbase[i].add_(gW)
@@ -279,9 +282,16 @@ def _weights_grad(pair: Tensor, x: Tensor) -> Tensor:
     return (pair.unflatten(-1, (2, -1)) * x.unsqueeze(-2)).sum(-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b``; of single columns and rows without a matrix product, which is up to 16 times slower at it."""
+    return a * b if a.shape[-1] == 1 else torch.bmm(a, b)
+
+
 def _add_product(state: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> None:
     """``state += sign a b``, summed in the state's dtype."""
-    if a.dtype == state.dtype:
+    if a.shape[-1] == 1:
+        state.addcmul_(a, b, value=sign)
+    elif a.dtype == state.dtype:
         state.baddbmm_(a, b, alpha=sign)
     else:
         state.add_(torch.bmm(a, b), alpha=sign)
