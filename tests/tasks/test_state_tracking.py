@@ -15,6 +15,7 @@ from titans.tasks import get_task
 from titans.tasks.state_tracking import AUTOMATA, CLOSE, OPEN, above_chance, group, modular, modular_brackets
 from titans.training.config import parse_config
 from titans.training.run import train
+from titans.training.tables import table
 from titans.training.tagging import right_answers
 
 TASK = get_task("state_tracking")
@@ -142,6 +143,30 @@ def test_accuracies_are_those_of_a_model_that_is_right_at_some_places():
     assert all(right.tolist() == [True] * 4 + [False] * 6 and asked.all() for right, asked in answers)
 
 
+def test_a_dash_is_as_good_as_an_underscore():
+    assert get_task("state-tracking") is TASK
+    with pytest.raises(ValueError, match="task='state-trackin' is unknown; use 'state_tracking'"):
+        get_task("state-trackin")
+
+
+def test_the_table_has_median_and_best_of_the_seeds():
+    """Of several seeds; sorted by the median, which a single seed that finds the answer does not move."""
+
+    def runs(*accuracies):
+        cells = [[{"length": 256, "accuracy": a, "chance": 50, "whole": 0}] for a in accuracies]
+        return [{"metrics": {"cells": c}, "tokens_per_second": 1} for c in cells]
+
+    seeds = {"lucky": runs(50, 50, 100), "steady": runs(60, 60, 65), "single": runs(75)}
+    models = {name: {"parameters": 1, "chosen": {}, "runs": of} for name, of in seeds.items()}
+    lines = table({"models": models}, TASK).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [(row[0], row[4]) for row in cells] == [
+        ("single", "50.000"),
+        ("steady", "20.000 (best 30.000)"),
+        ("lucky", "0.000 (best 100.000)"),
+    ]
+
+
 def test_above_chance():
     assert above_chance({"accuracy": 50, "chance": 50}) == 0
     assert above_chance({"accuracy": 100, "chance": 20}) == 100
@@ -172,7 +197,7 @@ def test_train_and_eval(tmp_path, capsys):
     cells = train(run, TASK, progress=False)["metrics"]["cells"]
     assert [cell["length"] for cell in cells] == [3, 6]
     assert cells[0]["accuracy"] > 95
-    main(["eval", "state_tracking", str(tmp_path / "run"), "--lengths", "3", "6", "--sequences", "40",
+    main(["eval", "state-tracking", str(tmp_path / "run"), "--lengths", "3", "6", "--sequences", "40",
           "--json", str(tmp_path / "again.json")])  # fmt: skip
     assert json.loads((tmp_path / "again.json").read_text())["cells"] == cells
     assert "| parity | 6 |" in capsys.readouterr().out

@@ -10,12 +10,13 @@ TASKS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if
 
 
 def get_task(name: str) -> Task:
-    """The task of that name.
+    """The task of that name; a dash is as good as an underscore.
 
     Raises:
         ValueError: no such task; the message names the nearest.
     """
-    if name not in TASKS:
-        close = difflib.get_close_matches(name, TASKS, n=1)
+    module = name.replace("-", "_")
+    if module not in TASKS:
+        close = difflib.get_close_matches(module, TASKS, n=1)
         raise ValueError(f"task={name!r} is unknown; use {repr(close[0]) if close else 'one of ' + ', '.join(TASKS)}")
-    return importlib.import_module(f"titans.tasks.{name}").task
+    return importlib.import_module(f"titans.tasks.{module}").task

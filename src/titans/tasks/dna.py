@@ -50,6 +50,7 @@ class Dna:
     evaluation_class = DnaEvaluation
     picture = "confusion.png"
     higher_is_better = True
+    bimodal = False
 
     def preset(self) -> dict[str, Any]:
         """A small LMM; about ten passes over the training sequences of GUE's prom_core_tata."""

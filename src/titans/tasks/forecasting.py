@@ -68,6 +68,7 @@ class Forecasting:
     evaluation_class = ForecastingEvaluation
     picture = "horizon.png"
     higher_is_better = False
+    bimodal = False
 
     def preset(self) -> dict[str, Any]:
         """About ten passes over ETTh1."""

@@ -67,6 +67,7 @@ class Language:
     evaluation_class = LanguageEvaluation
     picture = "position.png"
     higher_is_better = False
+    bimodal = False
 
     def preset(self) -> dict[str, Any]:
         """A small byte-level MAC on the standard library's source: about three minutes on two cores."""

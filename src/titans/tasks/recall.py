@@ -123,6 +123,7 @@ class Recall:
     evaluation_class = RecallEvaluation
     picture = "recall.png"
     higher_is_better = True
+    bimodal = False
 
     def preset(self) -> dict[str, Any]:
         """A small LMM on figure 2's smallest size."""

@@ -188,6 +188,7 @@ class StateTracking:
     evaluation_class = StateEvaluation
     picture = "length.png"
     higher_is_better = True
+    bimodal = True
 
     def preset(self) -> dict[str, Any]:
         """A small LMM with chunks of one token, parity of up to 40 bits."""

@@ -188,9 +188,9 @@ def config_parser(task: "Task", **kwargs: Any) -> ConfigParser:
         "--model",
         type=dict[str, Any],
         default=preset.get("model", {}),
-        help="type (titans, llama, sliding_llama, mamba2, gated_delta_net, in dna also transformer, cnn; in "
-        "forecasting titans, patchtst, itransformer, dlinear, nlinear) and the fields of its configuration, as in "
-        "--model.variant mag",
+        help="type (titans, llama, sliding_llama, mamba2, gated_delta_net, olmo_hybrid, lstm, in dna also transformer, "
+        "cnn; in forecasting titans, patchtst, itransformer, dlinear, nlinear) and the fields of its configuration, as "
+        "in --model.variant mag",
     )
     parts = {"data": task.data_class, "evaluation": task.evaluation_class, "training": TrainingConfig}
     for part, cls in parts.items():

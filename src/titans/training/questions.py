@@ -185,6 +185,7 @@ class QuestionTask:
     evaluation_class: type
     picture = "depth.png"
     higher_is_better = True
+    bimodal = False
 
     def preset(self) -> dict[str, Any]:
         """A small byte-level LMM that writes little, with a convolution across an answer, and how it is trained."""

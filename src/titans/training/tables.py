@@ -13,7 +13,7 @@ def short(value: Any) -> str:
 
 
 def table(results: dict[str, Any], task: Task) -> str:
-    """Markdown: a line a model, best first; mean over seeds, and the standard deviation where there are several."""
+    """Markdown: a line a model, best first; over several seeds mean and standard deviation, or median and best."""
     columns, about = {}, {}
     for name, entry in results["models"].items():
         if not entry["runs"]:
@@ -83,14 +83,14 @@ def plot_variants(results: dict[str, Any], task: Task, path: Path) -> None:
 
 
 def _headline(runs: dict[str, list[dict[str, Any]]], task: Task) -> tuple[str, list[float]]:
-    """Its name, and at each value the mean over the seeds.
+    """Its name, and at each value the middle of the seeds.
 
     What is measured at the value itself, as "bits per byte @ 256" at length 256, loses what its names differ in.
     """
     firsts = [[next(iter(task.summary(run["metrics"]).items())) for run in of_value] for of_value in runs.values()]
     names = list(dict.fromkeys(name for of_value in firsts for name, _ in of_value))
     name = names[0] if len(names) == 1 else names[0].partition(" @ ")[0]
-    return name, [statistics.mean(value for _, value in of_value) for of_value in firsts]
+    return name, [_middle([value for _, value in of_value], task) for of_value in firsts]
 
 
 def _shared_runs(name: str, variants: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -113,13 +113,12 @@ def _columns(rows: list[dict[str, float]]) -> dict[str, list[float]]:
 
 def _markdown(models: dict[str, dict[str, list[float]]], about: dict[str, dict[str, str]], task: Task) -> str:
     """A line a model, ordered by its first column: what there is to say about it, then its columns over the seeds."""
-    order = sorted(
-        models, key=lambda name: statistics.mean(next(iter(models[name].values()))), reverse=task.higher_is_better
-    )
+    headline = {name: _middle(next(iter(columns.values())), task) for name, columns in models.items()}
+    order = sorted(models, key=headline.__getitem__, reverse=task.higher_is_better)
     names = dict.fromkeys(column for name in order for column in models[name])
     rows = []
     for name in order:
-        cells = {column: _mean(models[name].get(column, [])) for column in names}
+        cells = {column: _cell(models[name].get(column, []), task) for column in names}
         seeds = max(map(len, models[name].values()))
         rows.append({"model": name, **about.get(name, {}), **cells, "seeds": str(seeds)})
     head = list(rows[0]) if rows else ["model"]
@@ -127,8 +126,19 @@ def _markdown(models: dict[str, dict[str, list[float]]], about: dict[str, dict[s
     return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])
 
 
-def _mean(values: list[float]) -> str:
+def _middle(values: list[float], task: Task) -> float:
+    """Of a column over the seeds."""
+    return statistics.median(values) if task.bimodal else statistics.mean(values)
+
+
+def _cell(values: list[float], task: Task) -> str:
+    """A column over the seeds, the middle and how far they go."""
     if not values:
         return ""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):,.3f}{spread}"
+    if len(values) == 1:
+        reach = ""
+    elif task.bimodal:
+        reach = f" (best {(max if task.higher_is_better else min)(values):,.3f})"
+    else:
+        reach = f" ± {statistics.stdev(values):.3f}"
+    return f"{_middle(values, task):,.3f}{reach}"

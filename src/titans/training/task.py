@@ -42,6 +42,7 @@ class Task(Protocol):
         evaluation_class: the same for `evaluation`.
         picture: file name of its picture in a run's folder.
         higher_is_better: of the headline of `summary`.
+        bimodal: whether a seed mostly finds all or nothing: tables then give median and best of the seeds.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Task(Protocol):
     evaluation_class: type
     picture: str
     higher_is_better: bool
+    bimodal: bool
 
     def preset(self) -> dict[str, Any]:
         """The main experiment: nested values that replace the defaults of the options."""
