@@ -1,6 +1,5 @@
 """The LSTM of torch as a language model: a baseline whose state is no memory of tokens."""
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -50,7 +49,7 @@ class LSTMModel(PreTrainedModel):
         """Ids [B, T], going on from ``cache`` if given, -> [B, T, hidden_size]; padding only on the right."""
         hidden, state = self.lstm(self.embed_tokens(input_ids), cache)
         keep = self.config.use_cache if use_cache is None else use_cache
-        return BaseModelOutputWithPast(last_hidden_state=hidden, cache=state if keep else None)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, cache=state if keep else None)  # type: ignore[arg-type]
 
 
 class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
@@ -78,7 +77,7 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits [B, T, vocab_size], of the last ``logits_to_keep`` tokens if above 0, and the loss of ``labels``."""
         out = self.model(input_ids, cache, use_cache)
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
-        loss: torch.Tensor | None = None
+        loss: Tensor | None = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, cache=out.cache)  # type: ignore[arg-type]

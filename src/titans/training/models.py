@@ -20,8 +20,8 @@ from transformers import (
 from titans.models.configuration import linear_start
 from titans.training.config import check_settings, nearest, refusals
 
-# type -> (module, config class, model class, defaults that make a model of about a million
-# parameters). The embeddings are tied in all of them.
+# type -> (module, config class, model class, defaults that make a model of about a million parameters). The embeddings
+# are tied in all of them.
 _BASELINES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama": (
         "transformers.models.llama",
