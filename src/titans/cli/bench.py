@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from titans.cli.common import parse, quiet_libraries
 from titans.training.config import ConfigParser
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--dtypes", type=list[str], default=["float32"], help="float32, bfloat16 (autocast)")
     parser.add_argument("--passes", type=list[str] | None, default=None, help="memory: forward, backward (both)")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
-    parser.add_argument("--sizes", type=dict, default={}, help=f"instead of the defaults {DEFAULT_SIZES}")
+    parser.add_argument("--sizes", type=dict[str, Any], default={}, help=f"instead of the defaults {DEFAULT_SIZES}")
     parser.add_argument("--rounds", type=int, default=7, help="repetitions of each subject, in turn")
     parser.add_argument("--against", type=str | None, default=None, help="also time this commit's code")
     parser.add_argument("--output", type=str | None, default=None, help="JSON file of the results; a picture beside it")
