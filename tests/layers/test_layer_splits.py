@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_cases import CASES, LAYERS, MASKS, SIZES, assert_equal, build, in_pieces, run, tokens
 
+from titans.memory import pieces
+
 cases = pytest.mark.parametrize(("name", "size"), CASES)
 T = 21
 
@@ -45,6 +47,24 @@ def test_gradients_through_the_state(name, size, cut):
         return torch.autograd.grad(y.square().sum() + sum(t.square().sum() for t in ends), leaves)
 
     assert_equal(grads(*in_pieces(layer, x, [cut])), grads(*run(layer, x)))
+
+
+@cases
+@pytest.mark.parametrize("mask", [None, "holes"])
+def test_a_long_call_is_a_short_one(name, size, mask, monkeypatch):
+    """In pieces that the backward works out again, ends of chunks and segments anywhere in them."""
+    layer, x = build(name, size), tokens(T=T)
+    real = mask and MASKS[mask](2, T)
+
+    def grads():
+        y, state = run(layer, x.requires_grad_(), mask=real)
+        ends = [t for t in state.tensors().values() if t.is_floating_point()]
+        loss = y.square().sum() + sum(t.square().sum() for t in ends)
+        return [y, *ends, *torch.autograd.grad(loss, [x, *layer.parameters()])]
+
+    short = grads()
+    monkeypatch.setattr(pieces, "PIECE", 4)
+    assert_equal(grads(), short)
 
 
 @cases

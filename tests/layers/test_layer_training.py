@@ -84,6 +84,24 @@ def test_work_per_token_does_not_grow(name, backward, monkeypatch):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_a_long_call_keeps_little(name, monkeypatch):
+    """The backward works pieces out again; of all that is mixed between projections only their inputs are kept."""
+    layer, kept = build(name, "4 in 8", torch.float32), []
+    for piece in (256, 16):
+        monkeypatch.setattr(pieces, "PIECE", piece)
+        held = {}
+
+        def keep(t, held=held):
+            held[t.untyped_storage().data_ptr()] = t.untyped_storage()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            run(layer, tokens(B=1, T=256, dtype=torch.float32))
+        kept.append(sum(s.nbytes() for s in held.values()))
+    assert kept[1] < kept[0] / 2
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_a_step_costs_the_same_after_any_length(name):
     layer, counts = build(name, "4 in 8", torch.float32), []
     with torch.no_grad():
