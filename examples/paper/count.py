@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from titans.memory.pieces import PIECE
 from titans.models import TitansConfig
 from titans.models.causal_lm import build_block
 from titans.tasks import get_task
@@ -27,7 +28,7 @@ def flops(block: torch.nn.Module, x: torch.Tensor) -> float:
 
 
 def kept(block: torch.nn.Module, x: torch.Tensor) -> tuple[float, int]:
-    """Bytes per token that are kept for the backward pass in bfloat16, and bytes of the state."""
+    """Bytes per token that are kept for the backward pass in bfloat16, of a long call, and bytes of the state."""
     seen = {p.untyped_storage().data_ptr(): (0, p) for p in block.parameters()}
 
     def keep(t: torch.Tensor) -> torch.Tensor:
@@ -36,8 +37,9 @@ def kept(block: torch.nn.Module, x: torch.Tensor) -> tuple[float, int]:
         return t
 
     with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        _, state = block(x)
-    return sum(size for size, _ in seen.values()) / TOKENS, state.nbytes
+        _, state = block(torch.cat([x, x], 1))
+    per_token = sum(size for size, _ in seen.values()) / (2 * TOKENS)
+    return per_token + state.nbytes / PIECE, state.nbytes  # every piece keeps the state it began with
 
 
 def main(path: str, *options: str) -> None:

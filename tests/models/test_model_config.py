@@ -76,7 +76,7 @@ def test_round_trip_through_json(variant, tmp_path):
         assert loaded.to_diff_dict() | {"_name_or_path": ""} == made.to_diff_dict() | {"_name_or_path": ""}
 
 
-# published parameter counts; the heads of the memory and the feed-forward width are not, so a quarter is room enough
+# published parameter counts; the feed-forward width is not published and makes them come out
 SIZES = {titans_170m: 170e6, titans_340m: 340e6, titans_400m: 400e6, titans_760m: 760e6}
 
 
@@ -87,7 +87,7 @@ def test_presets_build(preset, variant):
     with torch.device("meta"):
         model = TitansForCausalLM(preset(variant))
     assert {p.device.type for p in model.parameters()} == {"meta"}
-    assert 0.75 < model.num_parameters() / SIZES[preset] < 1.25
+    assert 0.99 < model.num_parameters() / SIZES[preset] < 1.01
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

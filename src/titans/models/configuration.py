@@ -177,7 +177,7 @@ def titans_tiny(variant: str = "mac", **overrides: Any) -> TitansConfig:
 
 
 def _paper(variant: str, overrides: dict[str, Any], **sizes: int) -> TitansConfig:
-    # the paper names layers and widths; the feed-forward width makes the count come out (MAC, 32,000 tokens, tied)
+    # the paper names layers and widths; the feed-forward width, here an LMM's, makes the count come out (32,000 tokens)
     common = {
         "vocab_size": 32_000,
         "chunk_size": 64,
@@ -185,34 +185,35 @@ def _paper(variant: str, overrides: dict[str, Any], **sizes: int) -> TitansConfi
         "sliding_window": 512,
         "num_persistent_tokens": 16,
     }
-    if variant == "lmm":  # what the others spend on attention
-        sizes["intermediate_size"] += sizes["hidden_size"] * 4 // 3 // 32 * 32
+    # what the others spend on attention and on the product with the memory
+    matrices = {"mal": 4, "mac": 5, "mag": 5}.get(variant, 0)
+    sizes["intermediate_size"] -= sizes["hidden_size"] * matrices // 3 // 32 * 32
     return TitansConfig(**{"variant": variant, **common, **sizes, **overrides})
 
 
 def titans_170m(variant: str = "mac", **overrides: Any) -> TitansConfig:
     """The paper's smallest size: 12 layers, 768 wide."""
     return _paper(
-        variant, overrides, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2784
+        variant, overrides, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3808
     )
 
 
 def titans_340m(variant: str = "mac", **overrides: Any) -> TitansConfig:
     """The paper's 340M: 24 layers, 1,024 wide."""
     return _paper(
-        variant, overrides, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=896
+        variant, overrides, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=2240
     )
 
 
 def titans_400m(variant: str = "mac", **overrides: Any) -> TitansConfig:
     """The paper's 400M: 24 layers, 1,024 wide."""
     return _paper(
-        variant, overrides, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=1728
+        variant, overrides, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=3072
     )
 
 
 def titans_760m(variant: str = "mac", **overrides: Any) -> TitansConfig:
     """The paper's largest size: 24 layers, 1,536 wide."""
     return _paper(
-        variant, overrides, hidden_size=1536, num_hidden_layers=24, num_attention_heads=16, intermediate_size=1568
+        variant, overrides, hidden_size=1536, num_hidden_layers=24, num_attention_heads=16, intermediate_size=3616
     )
