@@ -12,9 +12,10 @@ from titans.models.configuration import (
     titans_tiny,
 )
 from titans.models.prediction import TitansForPrediction, TitansForPredictionOutput, TitansPredictionConfig
+from titans.models.stream import TitansStream
 
 __all__ = [
     "TitansCache", "TitansConfig", "TitansForCausalLM", "TitansForPrediction", "TitansForPredictionOutput",
     "TitansForSequenceClassification", "TitansModel", "TitansPreTrainedModel", "TitansPredictionConfig",
-    "titans_170m", "titans_340m", "titans_400m", "titans_760m", "titans_tiny",
+    "TitansStream", "titans_170m", "titans_340m", "titans_400m", "titans_760m", "titans_tiny",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -139,6 +140,12 @@ class TitansCache(Cache):
             states = [part.state for part in parts]
             layer.update(type(states[0]).cat(states), parts[0].length)
         return joined
+
+    def copy(self) -> "TitansCache":
+        """Another cache of the same states: what one reads, the other does not know."""
+        other = copy(self)
+        other.layers = [copy(layer) for layer in self.layers]
+        return other
 
     def detach_(self) -> "TitansCache":
         """Cuts the history of all states, in place: gradients of later calls stop here."""

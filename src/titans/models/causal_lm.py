@@ -58,6 +58,7 @@ class TitansPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _is_stateful = True  # a memory cannot un-read a token: no assisted generation
     _supports_sdpa = True
+    cache_rows = 1  # of a row of the batch
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForTimeSeriesPrediction
 from transformers.utils.generic import ModelOutput
 
+from titans.models.cache import TitansCache
 from titans.models.causal_lm import TitansModel, TitansPreTrainedModel
 from titans.models.configuration import TitansConfig
+from titans.models.stream import TitansStream
 
 
 def check_quantiles(quantiles: Sequence[float]) -> None:
@@ -108,6 +110,9 @@ class TitansForPrediction(TitansPreTrainedModel):
     Channels are rows of the batch, or with ``config.channel_mixing`` share the tokens, as in Simba (arXiv 2403.15360),
     in which the paper puts the memory in place of Mamba.
 
+    The memory of a window is M_0, unless a cache is given or a series goes on (``update``): the memory then learns from
+    every block of ``context_length`` rows, each read once, as a window of its own.
+
     Args:
         config: sizes.
         outputs_per_step: numbers forecast of every number to come; by default one, or one a quantile.
@@ -128,17 +133,30 @@ class TitansForPrediction(TitansPreTrainedModel):
         self.head = nn.Linear(config.num_patches * config.patch_length, config.prediction_length * outputs)
         self.post_init()
 
-    def forward(self, past_values: Tensor, future_values: Tensor | None = None) -> TitansForPredictionOutput:
+    @property
+    def cache_rows(self) -> int:  # type: ignore[override]
+        """Rows of a cache that a row of the batch takes: a channel that is read by itself has its own memory."""
+        return 1 if self.config.channel_mixing else self.config.num_input_channels
+
+    def forward(
+        self,
+        past_values: Tensor,
+        future_values: Tensor | None = None,
+        cache: TitansCache | None = None,
+        begins: Tensor | None = None,
+    ) -> TitansForPredictionOutput:
         """Forecasts, and the loss if the truth is given.
 
         Args:
             past_values: [B, look-back, channels].
             future_values: [B, horizon, channels].
+            cache: memory of the rows before the look-back, which it learns, too: it is updated in place.
+            begins: [B], true where a row does not go on from ``cache`` but begins anew.
 
         Raises:
             ValueError: other sizes than the configuration's, NaN or infinity in ``past_values``.
         """
-        outputs, quantiles, loss = self.outputs(past_values), self.config.quantiles, None
+        outputs, quantiles, loss = self.outputs(past_values, cache, begins), self.config.quantiles, None
         if quantiles is None:
             forecast = outputs.squeeze(-1)
             if future_values is not None:
@@ -150,20 +168,63 @@ class TitansForPrediction(TitansPreTrainedModel):
         median = outputs[..., quantiles.index(0.5)]
         return TitansForPredictionOutput(loss=loss, prediction_outputs=median, quantile_outputs=outputs)
 
-    def outputs(self, past_values: Tensor) -> Tensor:
+    @torch.no_grad()
+    def update(self, new_rows: Tensor, stream: TitansStream | None = None) -> TitansStream:
+        """Goes on with series whose rows come bit by bit, at constant size; rows cut anywhere give the same stream.
+
+        Args:
+            new_rows: [B, any number, channels].
+            stream: what an earlier call returned, which stays as it is; None begins a stream.
+
+        Raises:
+            ValueError: another number of channels or series, NaN or infinity in ``new_rows``.
+        """
+        length, new_rows = self.config.context_length, new_rows.to(self.device, self.dtype)
+        self._check_new(new_rows, stream)
+        cache = self._start(len(new_rows)) if stream is None else stream.memory()
+        rows = new_rows if stream is None else torch.cat([stream.rows, new_rows], 1)
+        while rows.shape[1] >= 2 * length:
+            self.outputs(rows[:, :length], cache)
+            rows = rows[:, length:]
+        return TitansStream(cache, rows.clone())  # a view would keep all of them
+
+    @torch.no_grad()
+    def forecast(self, stream: TitansStream) -> TitansForPredictionOutput:
+        """The rows after the last one of a stream, which stays as it is.
+
+        Raises:
+            ValueError: the stream holds fewer than ``context_length`` rows.
+        """
+        seen, length = stream.rows.shape[1], self.config.context_length
+        if seen < length:
+            raise ValueError(
+                f"the stream holds {seen} rows, context_length={length}; update it with {length - seen} more first"
+            )
+        return self(stream.rows[:, -length:], cache=stream.memory())
+
+    def _start(self, batch: int) -> TitansCache:
+        """The memory before the first block."""
+        cache = TitansCache(self.config.num_hidden_layers)
+        for layer, block in zip(cache.layers, self.model.layers, strict=True):
+            layer.state = block.initial_state(batch * self.cache_rows)  # type: ignore[operator]
+        return cache
+
+    def outputs(self, past_values: Tensor, cache: TitansCache | None = None, begins: Tensor | None = None) -> Tensor:
         """What the head gives, in the series' own units and any order: [B, horizon, channels, outputs per step]."""
         self._check_values(past_values)
         mean, scale = past_values.mean(1, keepdim=True), past_values.std(1, keepdim=True, unbiased=False)
         scale = scale.where(scale > 0, 1)  # a channel that does not move
-        return self._forecast((past_values - mean) / scale) * scale.unsqueeze(-1) + mean.unsqueeze(-1)
+        outputs = self._forecast((past_values - mean) / scale, cache, begins)
+        return outputs * scale.unsqueeze(-1) + mean.unsqueeze(-1)
 
-    def _forecast(self, x: Tensor) -> Tensor:
+    def _forecast(self, x: Tensor, cache: TitansCache | None, begins: Tensor | None) -> Tensor:
         """Normalised rows [B, look-back, channels] -> [B, horizon, channels, outputs per step]."""
         P, S, mixing = self.config.patch_length, self.config.patch_stride, self.config.channel_mixing
         patches = x[:, (x.shape[1] - P) % S :].unfold(1, P, S)  # [B, N, channels, P]
         tokens = patches.flatten(2) if mixing else patches.transpose(1, 2).flatten(0, 1)
-        hidden = self.model(inputs_embeds=self.in_proj(tokens), use_cache=False).last_hidden_state
-        tokens = tokens + self.out_proj(hidden)
+        begins = None if begins is None else begins.repeat_interleave(self.cache_rows)
+        read = self.model(inputs_embeds=self.in_proj(tokens), cache=cache, use_cache=False, begins=begins)
+        tokens = tokens + self.out_proj(read.last_hidden_state)
         patches = tokens.unflatten(2, (-1, P)).transpose(1, 2) if mixing else tokens.unflatten(0, (len(x), -1))
         outputs = self.head(patches.flatten(2))  # from [B, channels, N, P]
         return outputs.unflatten(2, (self.config.prediction_length, -1)).transpose(1, 2)
@@ -175,13 +236,31 @@ class TitansForPrediction(TitansPreTrainedModel):
                 f"past_values has the shape {list(x.shape)}; give [batch, context_length, num_input_channels], here "
                 f"[batch, {expected[0]}, {expected[1]}], or build a model of other lengths"
             )
-        finite = x.isfinite()
-        if not finite.all():
-            window, row, channel = (~finite).nonzero()[0].tolist()
+        _check_finite("past_values", x)
+
+    def _check_new(self, x: Tensor, stream: TitansStream | None) -> None:
+        channels = self.config.num_input_channels
+        if x.ndim != 3 or x.shape[2] != channels:
             raise ValueError(
-                f"past_values holds {x[window, row, channel].item()}, first in window {window}, row {row}, channel "
-                f"{channel}; fill gaps before forecasting"
+                f"new_rows has the shape {list(x.shape)}; give [batch, rows, num_input_channels], here [batch, rows, "
+                f"{channels}]"
             )
+        if stream is not None and len(x) != len(stream.rows):
+            raise ValueError(
+                f"new_rows holds {len(x)} series, the stream {len(stream.rows)}; give rows of all of them, or begin "
+                "another stream"
+            )
+        _check_finite("new_rows", x)
+
+
+def _check_finite(name: str, x: Tensor) -> None:
+    finite = x.isfinite()
+    if not finite.all():
+        window, row, channel = (~finite).nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} holds {x[window, row, channel].item()}, first in window {window}, row {row}, channel {channel}; "
+            "fill gaps before forecasting"
+        )
 
 
 AutoConfig.register("titans_prediction", TitansPredictionConfig)

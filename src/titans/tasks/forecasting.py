@@ -45,6 +45,10 @@ class ForecastingData:
         "split into 12, 4 and 4 months for training, validation and test, others into 70, 10 and 20 %"
     )  # fmt: skip
     horizon: int = option(96, "rows to forecast; the look-back is training.length, and training.tokens counts its rows")
+    carry: bool = option(
+        False, "read windows in their order, a look-back apart, the memory carried from one to the next, in training "
+        "(gradients stop at a window's start), validation and test (Titans only)"
+    )  # fmt: skip
 
     def __post_init__(self):
         require(self.horizon > 0, "data.horizon", self.horizon, "a number above 0")
@@ -79,7 +83,10 @@ class Forecasting:
 
     def load(self, config: TrainConfig) -> TaskData:
         windows = load_windows(config.data.path, config.training.length, config.data.horizon)
-        return TaskData(windows["train"], windows["validation"], tokenizer=None, labels="future_values")
+        train, validation = windows["train"], windows["validation"]
+        if config.data.carry:
+            train, validation = _in_order(train, validation, config)
+        return TaskData(train, validation, tokenizer=None, ordered=config.data.carry, labels="future_values")
 
     def build_model(self, config: TrainConfig, data: TaskData) -> "PreTrainedModel":
         from titans.training.forecasters import build_forecaster
@@ -102,7 +109,9 @@ class Forecasting:
         test = load_windows(data.path, known.context_length, horizon)["test"]
         same = test.channels == channels
         require(same, f"channels of {data.path}", test.channels, f"a file with the model's {channels}")
-        means = _means(model, test, evaluation.batch_size)
+        mend = f"false: a {type(model).__name__} has no memory to carry"
+        require(not data.carry or hasattr(model, "update"), "data.carry", True, mend)
+        means = _means(model, test, evaluation.batch_size, data.carry)
         squared, absolute = means["squared"], means["absolute"]
         return {
             "look_back": known.context_length,
@@ -159,7 +168,18 @@ class Forecasting:
 task = Forecasting()
 
 
-def _means(model: "PreTrainedModel", windows: SeriesWindows, batch_size: int) -> "dict[str, Tensor]":
+def _in_order(train: SeriesWindows, validation: SeriesWindows, config: TrainConfig) -> "tuple[Any, Any]":
+    from titans.training.carried import SeriesStreams
+
+    kind, training = config.model.get("type", "titans"), config.training
+    require(kind == "titans", "data.carry", True, f"false: a {kind!r} has no memory to carry")
+    return (
+        SeriesStreams.to_train(train, training.batch_size, training.windows, training.seed),
+        SeriesStreams.to_validate(validation, training.batch_size),
+    )
+
+
+def _means(model: "PreTrainedModel", windows: SeriesWindows, batch_size: int, carry: bool) -> "dict[str, Tensor]":
     """Means over all windows, float64: `squared` and `absolute` errors [horizon, channels].
 
     Of a model that forecasts quantiles also [horizon, channels, Q]: `below`, the share of truths at or below each, and
@@ -168,7 +188,7 @@ def _means(model: "PreTrainedModel", windows: SeriesWindows, batch_size: int) ->
     from titans.models.prediction import pinball
 
     totals: dict[str, Tensor] = {}
-    for forecast, quantiles, truth in _forecasts(model, windows, batch_size):
+    for forecast, quantiles, truth in _forecasts(model, windows, batch_size, carry):
         error = forecast - truth
         measured = {"squared": error**2, "absolute": error.abs()}
         if quantiles is not None:
@@ -180,20 +200,35 @@ def _means(model: "PreTrainedModel", windows: SeriesWindows, batch_size: int) ->
 
 
 def _forecasts(
-    model: "PreTrainedModel", windows: SeriesWindows, batch_size: int
+    model: "PreTrainedModel", windows: SeriesWindows, batch_size: int, carry: bool
 ) -> "Iterator[tuple[Tensor, Tensor | None, Tensor]]":
     """Batches of forecasts, of quantiles where the model has them, and of the truth; float64, on the CPU."""
     import torch
 
-    for begin in range(0, len(windows), batch_size):
-        batch = [windows[index] for index in range(begin, min(begin + batch_size, len(windows)))]
+    for indices, memory in _batches(model, windows, batch_size, carry):
+        batch = [windows[index] for index in indices]
         past, truth = (
             torch.from_numpy(np.stack([window[name] for window in batch])) for name in ("past_values", "future_values")
         )
         with torch.inference_mode():
-            output = model(past_values=past.to(model.device))
+            output = model(past_values=past.to(model.device), **memory)
         quantiles = getattr(output, "quantile_outputs", None)
         yield output.prediction_outputs.cpu().double(), None if quantiles is None else quantiles.cpu().double(), truth
+
+
+def _batches(model: Any, windows: SeriesWindows, batch_size: int, carry: bool) -> Iterator[tuple[range, dict]]:
+    """Windows, and the memory they are read with: with `carry`, of a stream that begins with the first window."""
+    import torch
+
+    stream, step = None, windows.look_back if carry else len(windows)
+    for first in range(0, len(windows), step):
+        if carry:  # after these rows it is the memory of the next `look_back` windows
+            rows = torch.from_numpy(windows.values[first : first + step])
+            stream = model.update(rows.unsqueeze(0), stream)
+        end = min(first + step, len(windows))
+        for begin in range(first, end, batch_size):
+            batch = range(begin, min(begin + batch_size, end))
+            yield batch, {} if stream is None else {"cache": stream.memory(len(batch))}
 
 
 def _of_quantiles(quantiles: list[float], means: "dict[str, Tensor]") -> dict[str, Any]:

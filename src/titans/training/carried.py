@@ -1,6 +1,6 @@
-"""Training with the memory carried: documents read in order, window by window; the memory in a checkpoint."""
+"""Training with the memory carried: documents and series read in order by windows; the memory in a checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,23 @@ from torch.utils.data import Dataset
 
 from titans.models import TitansCache
 from titans.training.prepared import PreparedCorpus
+from titans.training.series import SeriesWindows
 from titans.training.tokens import Corpus
+
+
+def side_by_side(sequences: Iterable[Iterable[Any]], streams: int, count: int) -> Iterator[Any]:
+    """``count`` windows: the i-th is the next one of stream i % ``streams``.
+
+    A stream reads sequences of windows, each to its end; whenever one is at its end, it takes the next that is left.
+    """
+    left = iter(sequences)
+    rest: list[Iterator[Any]] = [iter(())] * streams
+    for i in range(count):
+        window = next(rest[i % streams], None)
+        if window is None:
+            rest[i % streams] = iter(next(left))
+            window = next(rest[i % streams])
+        yield window
 
 
 class DocumentStreams(Dataset):
@@ -34,15 +50,11 @@ class DocumentStreams(Dataset):
 
     def __init__(self, corpus: Corpus | PreparedCorpus, length: int, streams: int, count: int, seed: int):
         self.corpus, self.length = corpus, length
-        rest: list[Iterator[tuple[int, int]]] = [iter(())] * streams
-        order = self._order(seed)
+        documents = (
+            zip(repeat(document), range(0, len(corpus.ids[document]) + 1, length)) for document in self._order(seed)
+        )
         self.places = np.empty((count, 2), dtype=np.int64)  # document and first token of each item
-        for i in range(count):
-            place = next(rest[i % streams], None)
-            if place is None:
-                document = next(order)
-                rest[i % streams] = zip(repeat(document), range(0, len(corpus.ids[document]) + 1, length))
-                place = next(rest[i % streams])
+        for i, place in enumerate(side_by_side(documents, streams, count)):
             self.places[i] = place
 
     def _order(self, seed: int) -> Iterator[int]:
@@ -67,6 +79,59 @@ class DocumentStreams(Dataset):
         }
 
 
+class SeriesStreams(Dataset):
+    """Windows of a series in their order: item i is the next window of stream i % ``streams``.
+
+    The windows of a stream are a look-back apart, so that each row is read once, and have one target each.
+    Items are those of ``SeriesWindows``, and ``"begins"``: BoolTensor [], whether the memory begins here.
+
+    Args:
+        windows: all windows of the series.
+        runs: the numbers of the windows that a memory is carried through, run after run.
+        streams: rows of a batch.
+        count: number of items, a multiple of ``streams``.
+    """
+
+    def __init__(self, windows: SeriesWindows, runs: Iterable[range], streams: int, count: int):
+        self.windows, self.channels = windows, windows.channels
+        places = ([(window, window == run[0]) for window in run] for run in runs)
+        self.places = list(side_by_side(places, streams, count))  # window, and whether the memory begins with it
+
+    @classmethod
+    def to_train(cls, windows: SeriesWindows, streams: int, count: int, seed: int) -> "SeriesStreams":
+        """A run begins with one of the first ``look_back`` windows, in an order drawn anew whenever all have been.
+
+        The first run of a stream is cut off at a place that is drawn: the streams are spread over the series.
+        """
+        return cls(windows, _runs(len(windows), windows.look_back, streams, seed), streams, count)
+
+    @classmethod
+    def to_validate(cls, windows: SeriesWindows, streams: int) -> "SeriesStreams":
+        """One run a stream, all equally long, from windows spread over the first ``look_back``."""
+        step, n = windows.look_back, len(windows)
+        length = max(1, n // step)
+        begins = np.linspace(0, min(step, n), streams, endpoint=False).astype(int).tolist()
+        runs = (range(begin, begin + length * step, step) for begin in begins)
+        return cls(windows, runs, streams, streams * length)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start, begins = self.places[index]
+        return {**self.windows[start], "begins": torch.tensor(begins)}
+
+
+def _runs(windows: int, step: int, streams: int, seed: int) -> Iterator[range]:
+    rng = np.random.default_rng(seed)
+    drawn = 0
+    while True:
+        for begin in rng.permutation(min(step, windows)).tolist():
+            run = range(begin, windows, step)
+            yield run[rng.integers(len(run)) :] if drawn < streams else run
+            drawn += 1
+
+
 def memory_file(folder: str | Path, process: int) -> Path:
     """Where a process keeps the memory of its rows of the batch."""
     return Path(folder) / f"memory-{process}.safetensors"
@@ -81,12 +146,13 @@ def load_rows(folder: str | Path, rows: range, batch: int, model: Any) -> Titans
     files = [memory_file(folder, process) for process in range(len(list(Path(folder).glob("memory-*.safetensors"))))]
     if not files:
         return None
-    parts, each = [], batch // len(files)
+    parts, each, wide = [], batch // len(files), model.cache_rows
     for process, file in enumerate(files):
-        if own := [row - process * each for row in rows if row // each == process]:
+        own = [wide * (row - process * each) + i for row in rows if row // each == process for i in range(wide)]
+        if own:
             parts.append(TitansCache.load(file, model))
-            if parts[-1].rows != each:
-                found = parts[-1].rows * len(files)
+            if parts[-1].rows != each * wide:
+                found = parts[-1].rows // wide * len(files)
                 raise ValueError(
                     f"{folder} holds the memory of {found} rows, not of training.batch_size={batch}; go on with {found}"
                 )

@@ -4,7 +4,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,9 @@ class RunTrainer(Trainer):
 
     All of the validation data counts, what fills no batch included. Checkpoints are whole or not there. A step whose
     loss or gradient is not finite never reaches the weights: it stops the run and leaves what reproduces it, or is
-    skipped. Gates and norms do not decay. Where a batch says which of its rows begin a document (``DocumentStreams``),
-    the others go on with the memory of the batch before. Under FSDP2, too, bfloat16 is autocast's, and whatever is
-    written for others to read holds all of the weights.
+    skipped. Gates and norms do not decay. Where a batch says which of its rows begin a document or a series
+    (``titans.training.carried``), the others go on with the memory of the batch before, in validation as well. Under
+    FSDP2, too, bfloat16 is autocast's, and whatever is written for others to read holds all of the weights.
 
     Args:
         skip_nonfinite: skip steps that are not finite instead of stopping.
@@ -75,9 +74,16 @@ class RunTrainer(Trainer):
         if "begins" not in inputs:
             return super().compute_loss(model, inputs, *args, **kwargs)
         cache = TitansCache(len(self._titans().model.layers)) if self.carried is None else self.carried
-        loss = super().compute_loss(model, {**inputs, "cache": cache, "use_cache": True}, *args, **kwargs)
+        loss = super().compute_loss(model, {**inputs, "cache": cache}, *args, **kwargs)
         self.carried = cache.detach_()  # gradients stop at a window's start
         return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        training, self.carried = self.carried, None
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.carried = training
 
     def _titans(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
@@ -113,9 +119,7 @@ class RunTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._batches, items = super().get_batch_samples(*args, **kwargs)
-        self._losses, self._before = [], copy(self.carried)
-        if self._before is not None:
-            self._before.layers = [copy(layer) for layer in self._before.layers]
+        self._losses, self._before = [], None if self.carried is None else self.carried.copy()
         return self._batches, items
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
