@@ -123,6 +123,55 @@ def test_metrics_against_a_loop_with_no_window_dropped(waves, batch_size):
     np.testing.assert_allclose(metrics["mae_by_channel"], np.abs(errors).mean((0, 1)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@torch.no_grad()
+def test_metrics_with_the_memory_carried_against_a_stream_for_each_window(waves, batch_size):
+    """A window's stream is read anew, from the split's first look-back on."""
+    spec = {"type": "titans", **SMALL["titans"]}
+    model = build_forecaster(spec, context_length=8, prediction_length=5, num_input_channels=2).eval()
+    data = TASK.data_class(path=str(waves), horizon=5, carry=True)
+    metrics = TASK.evaluate(model, None, data, ForecastingEvaluation(batch_size=batch_size))
+    rows = torch.from_numpy(load_windows(str(waves), 8, 5)["test"].values)
+    errors = []
+    for first in range(8, len(rows) - 5 + 1):
+        stream = model.update(rows[None, :first])
+        errors.append(model.forecast(stream).prediction_outputs[0] - rows[first : first + 5])
+    errors = torch.stack(errors).double()
+    assert metrics["windows"] == len(errors) == 36
+    assert metrics["mse"] == pytest.approx((errors**2).mean().item(), rel=1e-5)
+    np.testing.assert_allclose(metrics["mae_by_step"], errors.abs().mean((0, 2)), rtol=1e-5)
+    plain = TASK.evaluate(model, None, TASK.data_class(path=str(waves), horizon=5), ForecastingEvaluation())
+    assert metrics["mse"] != pytest.approx(plain["mse"], rel=1e-3)
+
+
+def test_train_and_eval_with_the_memory_carried(waves, tmp_path, capsys):
+    values = {
+        "output": str(tmp_path / "run"),
+        "model": {"type": "titans", **SMALL["titans"]},
+        "training": {"length": 24, "batch_size": 8, "tokens": 24 * 8 * 60, "eval_every": 0.25, "learning_rate": 1e-2},
+        "data": {"path": str(waves), "horizon": 6, "carry": True},
+    }
+    result = train(parse_config(TASK, values), TASK, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0] / 2
+    assert result["metrics"]["mse"] < 0.5  # of values of variance 1
+    out = tmp_path / "out.json"
+    for options, same in (([], True), (["--data.carry", "false"], False)):
+        assert main(["eval", "forecasting", values["output"], "--json", str(out), *options]) == 0
+        assert (json.loads(out.read_text())["mse"] == pytest.approx(result["metrics"]["mse"], rel=1e-6)) == same
+    capsys.readouterr()
+
+
+def test_what_has_no_memory_cannot_carry_it(waves, tmp_path):
+    data = {"path": str(waves), "horizon": 5, "carry": True}
+    with pytest.raises(ValueError, match=r"data\.carry=True .*use false: a 'dlinear' has no memory to carry"):
+        TASK.load(parse_config(TASK, {"model": {"type": "dlinear"}, "data": data, "training": {"length": 8}}))
+    model = build_forecaster({"type": "dlinear"}, context_length=8, prediction_length=5, num_input_channels=2)
+    with pytest.raises(ValueError, match="use false: a LinearForecaster has no memory to carry"):
+        TASK.evaluate(model, None, TASK.data_class(**data), ForecastingEvaluation())
+
+
 def test_quantiles_from_the_command_line():
     config = parse_config(TASK, arguments=["--model.quantiles", "[0.1, 0.5, 0.9]"])
     assert config.model["quantiles"] == [0.1, 0.5, 0.9]

@@ -1,14 +1,17 @@
 """Training with the memory carried from window to window."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
-from titans.models import TitansCache, TitansConfig, TitansForCausalLM
+from titans.models import TitansCache, TitansConfig, TitansForCausalLM, TitansForPrediction
 from titans.tasks import get_task
-from titans.training.carried import DocumentStreams
+from titans.training.carried import DocumentStreams, SeriesStreams
 from titans.training.config import parse_config
 from titans.training.run import train
+from titans.training.series import SeriesWindows
 from titans.training.tokens import Corpus
 from titans.training.trainer import RunTrainer
 
@@ -55,6 +58,45 @@ def test_all_documents_before_any_again():
 def test_the_order_is_the_seeds():
     assert np.array_equal(streams().places, streams().places)
     assert not np.array_equal(streams().places, streams(seed=1).places)
+
+
+def windows() -> SeriesWindows:
+    """Forty windows of four rows and one to forecast."""
+    return SeriesWindows(np.arange(44, dtype=np.float32)[:, None], 4, 1)
+
+
+def test_a_series_is_read_a_look_back_at_a_time():
+    """Each stream in its order; all windows are read, each as often as any, but for where streams begin and stop."""
+    data = SeriesStreams.to_train(windows(), 3, 3 * 200, seed=0)
+    assert len(data) == 600
+    assert all(data.places[row][1] for row in range(3))
+    for row in range(3):
+        own = data.places[row::3]
+        for (before, _), (window, begins) in pairwise(own):
+            assert window < 4 and before >= 36 if begins else window == before + 4
+    counts = np.bincount([window for window, _ in data.places], minlength=40)
+    assert counts.max() - counts.min() <= 6
+    assert data.places == SeriesStreams.to_train(windows(), 3, 3 * 200, seed=0).places
+    assert data.places != SeriesStreams.to_train(windows(), 3, 3 * 200, seed=1).places
+    assert len({window for window, begins in data.places[:3]}) == 3, "streams are spread over the series"
+    window, begins = data.places[5]
+    item = data[5]
+    assert item["past_values"][:, 0].tolist() == list(range(window, window + 4))
+    assert item["future_values"][:, 0].tolist() == [window + 4]
+    assert (item["begins"].dtype, bool(item["begins"])) == (torch.bool, begins)
+
+
+@pytest.mark.parametrize(("rows", "first", "length"), [(2, [0, 2], 10), (6, [0, 0, 1, 2, 2, 3], 10)])
+def test_a_series_is_validated_once_a_stream(rows, first, length):
+    data = SeriesStreams.to_validate(windows(), rows)
+    for row in range(rows):
+        assert [window for window, _ in data.places[row::rows]] == [first[row] + 4 * i for i in range(length)]
+        assert [begins for _, begins in data.places[row::rows]] == [True] + [False] * (length - 1)
+
+
+def test_a_short_series_is_validated():
+    short = SeriesWindows(np.zeros((7, 1), dtype=np.float32), 4, 1)
+    assert SeriesStreams.to_validate(short, 2).places == [(0, True), (1, True)]
 
 
 @pytest.mark.parametrize("variant", ["lmm", "mac", "mag", "mal"])
@@ -105,6 +147,23 @@ def config(folder, text, carry: bool = True, kind: str = "titans", **training):
     })  # fmt: skip
 
 
+def forecasting(folder, series, **training):
+    model = {"variant": "lmm", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "patch_length": 4,
+             "num_memory_heads": 1, "memory_expansion": 1, "chunk_size": 4, "patch_stride": 2}  # fmt: skip
+    return parse_config(get_task("forecasting"), {
+        "output": str(folder), "model": model, "data": {"path": str(series), "horizon": 6, "carry": True},
+        "training": {"length": 12, "batch_size": 4, "tokens": 12 * 4 * 8, "eval_every": 4, **training},
+    })  # fmt: skip
+
+
+@pytest.fixture
+def series(tmp_path):
+    path = tmp_path / "series.csv"
+    rows = np.random.default_rng(0).standard_normal((400, 2)).cumsum(0)
+    path.write_text("date,a,b\n" + "".join(f"{i},{a},{b}\n" for i, (a, b) in enumerate(rows.tolist())))
+    return path
+
+
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.jsonl"
@@ -137,21 +196,48 @@ class Interrupted(Exception):
     pass
 
 
-def test_resumed_equals_uninterrupted(tmp_path, text, monkeypatch):
+@pytest.mark.parametrize(("kind", "source"), [("language", "text"), ("forecasting", "series")])
+def test_resumed_equals_uninterrupted(tmp_path, kind, source, request, monkeypatch):
     """The memory is part of a checkpoint."""
-    task, step = get_task("language"), RunTrainer.training_step
-    train(config(tmp_path / "whole", text), task, progress=False)
+    task, step, source = get_task(kind), RunTrainer.training_step, request.getfixturevalue(source)
+    make, of = (config, TitansForCausalLM) if kind == "language" else (forecasting, TitansForPrediction)
+    train(make(tmp_path / "whole", source), task, progress=False)
 
     def interrupt(self, *args, **kwargs):
         if self.state.global_step == 6:
             raise Interrupted
         return step(self, *args, **kwargs)
 
-    cut = config(tmp_path / "cut", text)
+    cut = make(tmp_path / "cut", source)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(RunTrainer, "training_step", interrupt)
         train(cut, task, progress=False)
     train(cut, task, resume=True, progress=False)
-    models = [TitansForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "cut")]
+    models = [of.from_pretrained(tmp_path / name) for name in ("whole", "cut")]
     for a, b in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_validation_has_a_memory_of_its_own(tmp_path, series, monkeypatch):
+    """It is carried there, too, and training goes on with what it had."""
+    seen, evaluate = [], RunTrainer.evaluate
+
+    def watch(self, *args, **kwargs):
+        before = self.carried
+        result = evaluate(self, *args, **kwargs)
+        seen.append(before is not None and self.carried is before)
+        return result
+
+    monkeypatch.setattr(RunTrainer, "evaluate", watch)
+    task, run = get_task("forecasting"), forecasting(tmp_path / "run", series)
+    result = train(run, task, evaluate=False, progress=False)
+    assert seen == [True, True]
+    model, data = TitansForPrediction.from_pretrained(tmp_path / "run"), task.load(run).validation
+    assert len(data) == 4 * 2
+    losses = []
+    for row in range(4):
+        cache = TitansCache(1)
+        for i in (row, row + 4):
+            past, truth = (torch.from_numpy(data[i][name])[None] for name in ("past_values", "future_values"))
+            losses.append(model(past, truth, cache=cache).loss.item())
+    assert result["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-5)

@@ -181,7 +181,7 @@ class TitansForPrediction(TitansPreTrainedModel):
         """
         length, new_rows = self.config.context_length, new_rows.to(self.device, self.dtype)
         self._check_new(new_rows, stream)
-        cache = self._start(len(new_rows)) if stream is None else stream.memory()
+        cache = self._start(len(new_rows)) if stream is None else stream.cache.copy()
         rows = new_rows if stream is None else torch.cat([stream.rows, new_rows], 1)
         while rows.shape[1] >= 2 * length:
             self.outputs(rows[:, :length], cache)
@@ -200,13 +200,13 @@ class TitansForPrediction(TitansPreTrainedModel):
             raise ValueError(
                 f"the stream holds {seen} rows, context_length={length}; update it with {length - seen} more first"
             )
-        return self(stream.rows[:, -length:], cache=stream.memory())
+        return self(stream.rows[:, -length:], cache=stream.cache.copy())
 
     def _start(self, batch: int) -> TitansCache:
         """The memory before the first block."""
         cache = TitansCache(self.config.num_hidden_layers)
         for layer, block in zip(cache.layers, self.model.layers, strict=True):
-            layer.state = block.initial_state(batch * self.cache_rows)  # type: ignore[operator]
+            layer.update(block.initial_state(batch * self.cache_rows), 0)  # type: ignore[operator]
         return cache
 
     def outputs(self, past_values: Tensor, cache: TitansCache | None = None, begins: Tensor | None = None) -> Tensor:

@@ -27,8 +27,8 @@ class TitansStream:
         """Size of memory and rows in bytes."""
         return self.cache.nbytes + self.rows.nbytes
 
-    def memory(self, times: int = 1) -> TitansCache:
-        """A copy of the memory to read with, for so many windows of a series: ``past_values`` [times * B, ...]."""
+    def memory(self, times: int) -> TitansCache:
+        """A copy of the memory to read so many windows of each series with: ``past_values`` [times * B, ...]."""
         cache = self.cache.copy()
         cache.batch_select_indices(torch.arange(cache.rows).repeat(times))
         return cache
