@@ -10,7 +10,7 @@ from titans.layers.block import Block, prefix_mask
 from titans.layers.common import GatedProduct, persistent_tokens
 from titans.layers.neural_memory import NeuralMemory
 from titans.memory import MemoryState, State
-from titans.memory.pieces import Cut, in_pieces, is_long
+from titans.memory.pieces import Cut, in_pieces
 
 
 @dataclass
@@ -58,10 +58,7 @@ class MAC(Block):
         return MACState(memory, tuple(self.memory.current_maps(memory)), self.attention.initial_state(batch))
 
     def mix(self, x: Tensor, state: MACState, lengths: Tensor | None) -> tuple[Tensor, MACState]:
-        mask = prefix_mask(x, lengths)
-        if is_long(x.shape[1]):
-            return in_pieces(self._segments, (x, mask), state, self.segment_length)
-        return self._segments(x, mask, state)
+        return in_pieces(self._segments, (x, prefix_mask(x, lengths)), state, self.segment_length)
 
     def _segments(self, x: Tensor, mask: Tensor | None, state: MACState) -> tuple[Tensor, MACState]:
         """Segment by segment; ``mask`` [B, T] of left-aligned rows, None where every token is real."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from titans.layers.common import ShortConvolution, require_finite
 from titans.memory import MemoryMLP, MemoryState, current_maps, neural_memory
-from titans.memory.pieces import align, check_mask, in_pieces, is_long, take
+from titans.memory.pieces import align, check_mask, in_pieces, take
 
 GATES = ("sigmoid", "write")
 FORGET = ("start", "zero", "none")
@@ -169,8 +169,8 @@ class NeuralMemory(nn.Module):
         end: MemoryState = self.initial_state(x.shape[0]) if state is None else state
         parts = self.qkv_proj(x), self.gates_proj(x), self.out_gate(x), mask
         seen: dict[str, Tensor] = {}
-        if return_info or not is_long(x.shape[1]):
-            y, end = self._read(*parts, end, seen if return_info else None)
+        if return_info:
+            y, end = self._read(*parts, end, seen)
         else:
             y, end = in_pieces(self._read, parts, end, self.chunk_size)
         y = self.out_proj(y)

@@ -11,7 +11,7 @@ from torch import Tensor
 from titans.memory.chunked import chunked
 from titans.memory.kernels import unsupported
 from titans.memory.network import MemoryMLP
-from titans.memory.pieces import align, check_mask, in_pieces, is_long, take
+from titans.memory.pieces import align, check_mask, in_pieces, take
 from titans.memory.reference import reference
 from titans.memory.scan import scan
 from titans.memory.state import MemoryState
@@ -96,8 +96,8 @@ def neural_memory(
     with torch.autocast(q.device.type, enabled=False):  # precision here follows the arguments, never a context
         if backend == "reference":
             out, end, info = reference(q, k, v, gates, norm, network, base, state, mask)
-        elif return_info or not is_long(q.shape[1]):
-            out, end, info = _chunked(q, k, v, gates, mask, norm, network, base, state, return_info, fast)
+        elif return_info:
+            out, end, info = _chunked(q, k, v, gates, mask, norm, network, base, state, True, fast)
         else:
 
             def step(q, k, v, gates, mask, state):

@@ -172,15 +172,10 @@ class Cut:
         return out
 
 
-def is_long(length: int) -> bool:
-    """Whether a call is worked through in pieces: to stay in the caches, and in little memory under autograd."""
-    return length > PIECE * (1 + torch.is_grad_enabled())
-
-
 def in_pieces(
     step: Callable[..., tuple[Tensor, Any]], inputs: Sequence[Tensor | None], state: Any, chunk_size: int
 ) -> tuple[Tensor, Any]:
-    """``step(*inputs, state) -> (out, state)``, piece by piece: for a long call, in the memory of a short one.
+    """``step(*inputs, state) -> (out, state)``, a long call piece by piece: in the caches, in a short one's memory.
 
     The backward works each piece out again from its inputs and the state it began with, which alone are kept.
 
@@ -189,6 +184,8 @@ def in_pieces(
         chunk_size: pieces are whole chunks.
     """
     size, length, outs = max(1, PIECE // chunk_size) * chunk_size, inputs[0].shape[1], []  # type: ignore[union-attr]
+    if length <= PIECE * (1 + torch.is_grad_enabled()):
+        return step(*inputs, state)
     cut = [[None] * -(-length // size) if x is None else x.split(size, 1) for x in inputs]
     for piece in zip(*cut, strict=True):
         if torch.is_grad_enabled():
