@@ -194,6 +194,7 @@ class _Scan(torch.autograd.Function):
         base: Tensors = () if inputs.base_q is None else tuple(islice(saved, network.depth))
         chunks = [(t, _Chunk(*(tuple(islice(saved, n)) for n in ctx.sizes))) for t in inputs.chunks()]
         grads, gbase = inputs.like(), [torch.zeros_like(b) for b in base]
+        gmaps = [g.contiguous() for g in gmaps]  # added to in place, which is one call a memory in any other layout
         ggain = None if gain is None else torch.zeros_like(gain)
         with torch.autocast(gout.device.type, enabled=False):  # as in the forward, wherever backward is called
             for (t, s), gt, gr in zip(chunks[::-1], grads.chunks()[::-1], gout.unbind(0)[::-1], strict=True):
