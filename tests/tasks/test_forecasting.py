@@ -297,11 +297,11 @@ def test_the_protocol_of_the_datasets():
     for name, look_back, horizons in (("ETTh2", 96, [96, 192, 336, 720]), ("ILI", 36, [24, 36, 48, 60])):
         values = dataset_experiment(name, f"{name}.csv", "out", models=list(MODELS))
         assert values["vary"] == {"data.horizon": horizons}
-        assert values["training"]["tokens"] == 80_000 * look_back
+        assert values["training"]["tokens"] == 24_000 * look_back
         for variant in Experiment.from_dict(values).variants().values():
             for model in variant.models:
                 config = variant.config(TASK, model, "count")
-                assert config.training.steps == 2500
+                assert config.training.steps == 750
                 TASK.build_model(config, SimpleNamespace(train=SimpleNamespace(channels=7)))
 
 

@@ -30,7 +30,7 @@ def small_model(look_back: int = 96) -> dict[str, Any]:
         "num_hidden_layers": 2,
         "num_memory_heads": 2,
         "memory_expansion": 1,
-        "chunk_size": 4,
+        "chunk_size": 16,
         "patch_length": patch,
         "patch_stride": max(1, patch // 2),
     }
