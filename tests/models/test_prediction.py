@@ -52,6 +52,14 @@ def test_a_shifted_and_scaled_series_has_its_forecast_shifted_and_scaled(variant
     assert_equal(moved, plain * scale + shift)
 
 
+@torch.no_grad()
+def test_dropout_is_for_training_alone():
+    plain, model = build(), build(dropout=0.5)
+    assert_equal(model(series()).prediction_outputs, plain(series()).prediction_outputs)
+    model.train()
+    assert not torch.allclose(model(series()).prediction_outputs, model(series()).prediction_outputs)
+
+
 @pytest.mark.parametrize("mixing", [False, True])
 @torch.no_grad()
 def test_a_channel_that_does_not_move_is_finite(mixing):
@@ -169,6 +177,7 @@ def test_bad_configurations_name_the_mend():
         ({"quantiles": [0.5, 0.5]}, "ascending order"),
         ({"quantiles": [0.5, 1.0]}, "between 0 and 1"),
         ({"quantiles": ["0.1", 0.5]}, "between 0 and 1"),
+        ({"dropout": 1.0}, r"dropout=1\.0 is not valid; use a number from 0 to below 1"),
         ({"quantiles": []}, r"quantiles=\[\] is not valid"),
         ({"patch_lenght": 4}, "unknown key 'patch_lenght'.*did you mean 'patch_length'"),
         ({"hiden_size": 4}, "unknown key 'hiden_size'.*did you mean 'hidden_size'"),

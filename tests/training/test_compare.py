@@ -70,6 +70,30 @@ def test_a_trial_may_be_a_fraction_of_the_run(values):
     assert trials == [256, 512]
 
 
+def test_the_try_of_a_whole_run_that_is_kept_is_the_first_seeds_run(values, monkeypatch):
+    """And one that diverges is passed over, whatever it would have measured."""
+    trained = []
+
+    def counted(config, *args, **kwargs):
+        trained.append((config.training.learning_rate, config.training.seed))
+        if config.training.learning_rate == 1e-2:
+            raise FloatingPointError("diverged")
+        return original(config, *args, progress=False, **kwargs)
+
+    original = module.train
+    monkeypatch.setattr(module, "train", counted)
+    values["models"] = {"sliding": values["models"]["sliding"]}
+    values["tuning"] = {"learning_rate": [1e-2, 1e-3, 1e-4], "tokens": 1}
+    entry = compare(Experiment.from_dict(values), TASK, say=lambda text: None)["models"]["sliding"]
+    rate = entry["chosen"]["learning_rate"]
+    assert trained == [(1e-2, 0), (1e-3, 0), (1e-4, 0), (rate, 1)]
+    assert [trial["validation_loss"] is None for trial in entry["tuning"]] == [True, False, False]
+    best = min(trial["validation_loss"] for trial in entry["tuning"][1:])
+    assert [run["seed"] for run in entry["runs"]] == [0, 1]
+    assert entry["runs"][0]["validation_loss"] == best
+    assert all("metrics" in run for run in entry["runs"])
+
+
 def test_unequal_sizes_are_refused_with_the_counts(values):
     values["models"]["llama"]["model"]["hidden_size"] = 32
     with pytest.raises(ValueError, match=r"llama [\d,]+, sliding [\d,]+"):

@@ -47,6 +47,7 @@ class TitansPredictionConfig(TitansConfig):
         patch_length: rows of a patch; a patch is a token.
         patch_stride: rows from one patch to the next.
         channel_mixing: a token holds the patches of all channels; otherwise every channel is read by itself.
+        dropout: share of the numbers in the tokens, and in what the blocks find, that are set to 0 in training.
         quantiles: what is forecast of every number to come, such as ``[0.1, 0.5, 0.9]``: ascending, between 0 and 1,
             0.5 among them. None: one number, trained by its squared error.
 
@@ -62,6 +63,7 @@ class TitansPredictionConfig(TitansConfig):
     patch_length: int = 16
     patch_stride: int = 8
     channel_mixing: bool = False
+    dropout: float = 0.0
     quantiles: list[float] | None = None
 
     @property
@@ -77,6 +79,8 @@ class TitansPredictionConfig(TitansConfig):
             raise ValueError(
                 f"patch_length={self.patch_length} is longer than context_length={self.context_length}; shorten it"
             )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r} is not valid; use a number from 0 to below 1")
         if self.memory_write_price:
             raise ValueError(f"memory_write_price={self.memory_write_price} is for language models; leave it at 0")
         if self.quantiles is not None:
@@ -127,6 +131,7 @@ class TitansForPrediction(TitansPreTrainedModel):
         outputs = outputs_per_step or len(config.quantiles or [0.5])
         width = config.patch_length * (config.num_input_channels if config.channel_mixing else 1)
         self.in_proj = nn.Linear(width, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
         self.model = TitansModel(config)
         self.model.embed_tokens = None  # type: ignore[assignment]  # patches come as inputs_embeds
         self.out_proj = nn.Linear(config.hidden_size, width)
@@ -223,8 +228,8 @@ class TitansForPrediction(TitansPreTrainedModel):
         patches = x[:, (x.shape[1] - P) % S :].unfold(1, P, S)  # [B, N, channels, P]
         tokens = patches.flatten(2) if mixing else patches.transpose(1, 2).flatten(0, 1)
         begins = None if begins is None else begins.repeat_interleave(self.cache_rows)
-        read = self.model(inputs_embeds=self.in_proj(tokens), cache=cache, use_cache=False, begins=begins)
-        tokens = tokens + self.out_proj(read.last_hidden_state)
+        read = self.model(inputs_embeds=self.dropout(self.in_proj(tokens)), cache=cache, use_cache=False, begins=begins)
+        tokens = tokens + self.dropout(self.out_proj(read.last_hidden_state))
         patches = tokens.unflatten(2, (-1, P)).transpose(1, 2) if mixing else tokens.unflatten(0, (len(x), -1))
         outputs = self.head(patches.flatten(2))  # from [B, channels, N, P]
         return outputs.unflatten(2, (self.config.prediction_length, -1)).transpose(1, 2)

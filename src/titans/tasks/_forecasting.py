@@ -38,8 +38,8 @@ def dataset_experiment(
 ) -> dict[str, Any]:
     """What ``Experiment.from_dict`` takes: each model trained and tested on each horizon, by the protocol.
 
-    One budget for all data sets, horizons and models: as many training windows, of which a quarter again tries each of
-    three learning rates; the checkpoint is the best of four validations.
+    One budget for all data sets, horizons and models: as many training windows; three learning rates, each tried with
+    all of them; the checkpoint is the best of four validations.
 
     Args:
         dataset: one of ``DATASETS``; its look-back is used, and its horizons unless others are given.
@@ -70,7 +70,7 @@ def dataset_experiment(
         "data": {"path": path},
         "training": {**training, "tokens": windows * look_back},
         "seeds": list(range(seeds)),
-        "tuning": {"learning_rate": RATES, "tokens": windows * look_back / 4},
+        "tuning": {"learning_rate": RATES, "tokens": 1},
         "parameter_tolerance": None,
         "vary": {"data.horizon": list(horizons or usual)},
     }

@@ -30,8 +30,8 @@ class Experiment:
         data, evaluation, training: as in a run's configuration, the same for every model.
         seeds: of every model that names none of its own.
         tuning: `{"learning_rate": [..], "tokens": N}`: each model tries each rate with its first seed on a short run of
-            its own, and keeps the one with the lowest validation loss. N up to 1 is a fraction of `training.tokens`.
-            None: `training.learning_rate` for all.
+            its own, and keeps the one with the lowest validation loss. N up to 1 is a fraction of `training.tokens`; at
+            1 the try that is kept is the first seed's run. None: `training.learning_rate` for all.
         parameter_tolerance: models whose parameter counts differ by more than this fraction are refused. None: none is.
         vary: one setting of `data`, `evaluation` or `training` and its values, as in `{"data.horizon": [96, 192]}`: the
             whole comparison, tuning included, is made for each value, the mean over them reported and the course over
@@ -118,16 +118,21 @@ class Experiment:
         return config
 
     def trials(self, task: Task, name: str) -> dict[float, TrainConfig]:
-        """The short runs that try each learning rate."""
+        """The runs that try each learning rate."""
         if self.tuning is None:
             return {}
-        tokens = self.tuning["tokens"]
-        if tokens <= 1:
+        tokens, rates, seed = self.tuning["tokens"], self.tuning["learning_rate"], self.seeds_of(name)[0]
+        if self.tries_whole_runs:
+            return {rate: self.config(task, name, f"seed{seed}", seed=seed, learning_rate=rate) for rate in rates}
+        if tokens < 1:
             tokens *= self.config(task, name, "whole").training.tokens
         # One validation, at the end: a trial is short.
-        short = {"tokens": tokens, "seed": self.seeds_of(name)[0], "eval_every": 1}
-        rates = self.tuning["learning_rate"]
+        short = {"tokens": tokens, "seed": seed, "eval_every": 1}
         return {rate: self.config(task, name, f"tune{rate:g}", learning_rate=rate, **short) for rate in rates}
+
+    @property
+    def tries_whole_runs(self) -> bool:
+        return self.tuning is not None and self.tuning["tokens"] == 1
 
     def chosen(self, task: Task, name: str) -> dict[str, float]:
         """The learning rate of the best trial, once all are done."""
@@ -172,7 +177,7 @@ def compare(
             if index >= len(experiment.seeds_of(name)):
                 continue
             for config in experiment.trials(task, name).values():
-                _run(config, task, say, evaluate=False)
+                _run(config, task, say, evaluate=experiment.tries_whole_runs, trial=True)
             _run(experiment.final(task, name, experiment.seeds_of(name)[index]), task, say, evaluate=True)
             results = _collect(experiment, task, parameters)
             _write(experiment, results, table(results, task))
@@ -260,8 +265,8 @@ def _result(config: TrainConfig) -> dict[str, Any] | None:
     return json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
 
 
-def _run(config: TrainConfig, task: Task, say: Callable[[str], None], evaluate: bool) -> None:
-    """Does nothing if the run is done, resumes it if it was interrupted, else trains."""
+def _run(config: TrainConfig, task: Task, say: Callable[[str], None], evaluate: bool, trial: bool = False) -> None:
+    """Does nothing if the run is done, resumes it if it was interrupted, else trains. A trial may diverge."""
     if _result(config) is not None:
         return
     assert config.output is not None
@@ -271,9 +276,9 @@ def _run(config: TrainConfig, task: Task, say: Callable[[str], None], evaluate: 
     try:
         train(config, task, resume=started, evaluate=evaluate)
     except FloatingPointError as error:
-        if evaluate:
+        if not trial:
             raise
-        diverged = {"validation_loss": None, "diverged": str(error)}  # a trial may: another rate is kept
+        diverged = {"validation_loss": None, "diverged": str(error)}  # another rate is kept
         write_atomically(folder / "result.json", json.dumps(diverged, indent=1))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a finished run needs them no more
 

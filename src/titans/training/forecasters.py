@@ -136,8 +136,9 @@ AutoModelForTimeSeriesPrediction.register(ITransformerConfig, ITransformer)
 AutoModelForTimeSeriesPrediction.register(PatchTSTConfig, PatchTSTForPrediction, exist_ok=True)
 
 KINDS = ("dlinear", "nlinear")
-# The paper's patches, and its head, which reads all of them; the library's own defaults are others.
+# The paper's patches, its head, which reads all of them, and its dropout; the library's own defaults are others.
 PATCHTST = {"patch_length": 16, "patch_stride": 8, "pooling_type": None}
+PATCHTST |= dict.fromkeys(("positional_dropout", "path_dropout", "ff_dropout"), 0.2)
 # type -> (config class, model class, defaults)
 _FORECASTERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "titans": (TitansPredictionConfig, TitansForPrediction, {}),
