@@ -81,7 +81,11 @@ class GatedProduct(nn.Module):
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, y: Tensor, m: Tensor) -> Tensor:
-        return self.out_proj(self.norm_y(y) * F.silu(self.norm_m(m)))
+        return self.out_proj(self.product(y, m))
+
+    def product(self, y: Tensor, m: Tensor) -> Tensor:
+        """What is projected."""
+        return self.norm_y(y) * F.silu(self.norm_m(m))
 
 
 def persistent_tokens(number: int, dim: int) -> nn.Parameter | None:
