@@ -4,7 +4,7 @@ What depends on the parameters alone is prepared once: projections of the same i
 persistent tokens' keys are copied. So a decoder belongs to one stream: make a new one where parameters have changed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -66,9 +66,17 @@ class MemoryDecoder:
         qkv, gates, out_gate = self.project(x)
         qkv, stepper.conv = memory.conv(qkv.unsqueeze(1), stepper.conv, None)
         q, k, v = (t.flatten(0, 2).unsqueeze(1) for t in memory.by_head(F.silu(qkv).to(stepper.maps[0].dtype)))
-        reads = stepper(q, k, v, torch.stack(memory.gate_values(gates + memory.gates_proj.bias), -1).flatten(0, 1))
-        reads = (reads + self.skip * v).view(len(x), memory.heads, -1)
-        return self.out(memory.gated(reads.to(x.dtype), out_gate))[0]
+        gates = torch.stack(memory.gate_values(gates + memory.gates_proj.bias)).view(3, -1, 1, 1)
+        reads = stepper(q, k, v, gates)
+        return self.out(self._gated(reads + self.skip * v, out_gate))[0]
+
+    def recall(self, queries: Tensor, out_gate: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """``NeuralMemory.recall`` of projected queries [B, key_heads * head_dim]; maps [B, heads, d_in, d_out]."""
+        q = self.memory.as_queries(queries.to(maps[0].dtype))
+        return self._gated(self.stepper.recall(q.view(-1, 1, self.memory.head_dim), maps), out_gate)
+
+    def _gated(self, reads: Tensor, out_gate: Tensor) -> Tensor:
+        return self.memory.gated(reads.view(len(out_gate), self.memory.heads, -1).to(out_gate.dtype), out_gate)
 
 
 class _LMMDecoder:
@@ -139,11 +147,11 @@ class _MACDecoder:
     def mix(self, x: Tensor) -> Tensor:
         block, attention, memory, B = self.block, self.block.attention, self.block.memory, len(x)
         qkv, queries, gate = self.project(x)
-        recalled = memory.recall(memory.as_queries(queries.unsqueeze(1)), gate.unsqueeze(1), self.maps)
+        recalled = self.memory.recall(queries, gate, self.maps)
         heads = attention.heads, attention.head_dim
         q, k, v = qkv.view(B, 3, 1, *heads).unbind(1)
         place = self.memory.stepper.read % block.segment_length
-        mk, mv = self.recalled(recalled.squeeze(1))[0].view(B, 2, 1, *heads).unbind(1)
+        mk, mv = self.recalled(recalled)[0].view(B, 2, 1, *heads).unbind(1)
         q, mk, k = rotate(torch.stack([q, mk, k]), self.table[:, place]).squeeze(2)
         end = self.persistent + 2 * (place + 1)
         self.held[0, :, :, end - 2 : end] = torch.stack([mk, k], 2)
