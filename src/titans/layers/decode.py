@@ -22,28 +22,33 @@ from titans.memory import MemoryState, State
 from titans.memory.step import Stepper
 
 
-PANEL = 32
+PANEL = 32  # outputs
 
 
 class _Linear:
-    """The products of one input with several weights [d_out, d_in], as one: x [B, d_in] -> of each [B, d_out].
+    """The products of one input with several weights [d_out, d_in]: x [B, d_in] -> [B, d_out], all side by side.
 
-    A single row on a CPU takes as long as its weights take to come from memory. They come at twice to three times the
-    speed in panels of a few outputs, one after the other, as row by row.
+    A single row on a CPU takes as long as its weights take to come from memory, and a matrix that lies in panels of a
+    few outputs, one after the other, comes two to three times as fast as row by row.
     """
 
     def __init__(self, batch: int, *weights: Tensor):
         weight, self.sizes = torch.cat(weights), [len(w) for w in weights]
-        self.weight, self.panels = weight, None
+        self.weight, self.panels, self.spare = weight, None, -len(weight) % PANEL
         if batch == 1 and weight.device.type == "cpu":
-            spare = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
-            self.panels = spare.view(-1, PANEL, weight.shape[1]).mT.contiguous()
+            padded = F.pad(weight, (0, 0, 0, self.spare))
+            self.panels = padded.view(-1, PANEL, weight.shape[1]).mT.contiguous()
+            self.weight, self.shape = None, (len(self.panels), 1, weight.shape[1])
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Tensor) -> Tensor:
         if self.panels is None:
-            return F.linear(x, self.weight).split(self.sizes, -1)
-        y = torch.bmm(x.expand(len(self.panels), 1, -1), self.panels).view(1, -1)
-        return y[:, : len(self.weight)].split(self.sizes, -1)
+            return F.linear(x, self.weight)  # type: ignore[arg-type]
+        y = torch.bmm(x.expand(self.shape), self.panels).view(1, -1)
+        return y[:, : -self.spare] if self.spare else y
+
+    def each(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Every weight's product by itself."""
+        return self(x).split_with_sizes(self.sizes, -1)
 
 
 class MemoryDecoder:
@@ -54,7 +59,8 @@ class MemoryDecoder:
         B = len(state.position)
         self.project = _Linear(B, memory.qkv_proj.weight, memory.gates_proj.weight, memory.out_gate.weight)
         self.out = _Linear(B, memory.out_proj.weight)
-        self.skip = memory.skip.repeat(B, 1).unsqueeze(1)  # [B * heads, 1, head_dim]
+        self.skip = memory.skip.to(state.pending.dtype).repeat(B, 1).unsqueeze(1)
+        self.rows, self.heads = self.skip.shape, (B, memory.heads, memory.head_dim)  # [B * heads, 1, head_dim]
 
     @property
     def state(self) -> MemoryState:
@@ -63,20 +69,20 @@ class MemoryDecoder:
 
     def __call__(self, x: Tensor) -> Tensor:
         memory, stepper = self.memory, self.stepper
-        qkv, gates, out_gate = self.project(x)
+        qkv, gates, out_gate = self.project.each(x)
         qkv, stepper.conv = memory.conv(qkv.unsqueeze(1), stepper.conv, None)
-        q, k, v = (t.flatten(0, 2).unsqueeze(1) for t in memory.by_head(F.silu(qkv).to(stepper.maps[0].dtype)))
+        q, k, v = (t.reshape(self.rows) for t in memory.by_head(F.silu(qkv).to(self.skip.dtype)))
         gates = torch.stack(memory.gate_values(gates + memory.gates_proj.bias)).view(3, -1, 1, 1)
         reads = stepper(q, k, v, gates)
-        return self.out(self._gated(reads + self.skip * v, out_gate))[0]
+        return self.out(self._gated(reads + self.skip * v, out_gate))
 
     def recall(self, queries: Tensor, out_gate: Tensor, maps: Sequence[Tensor]) -> Tensor:
         """``NeuralMemory.recall`` of projected queries [B, key_heads * head_dim]; maps [B, heads, d_in, d_out]."""
-        q = self.memory.as_queries(queries.to(maps[0].dtype))
-        return self._gated(self.stepper.recall(q.view(-1, 1, self.memory.head_dim), maps), out_gate)
+        q = self.memory.as_queries(queries.to(self.skip.dtype))
+        return self._gated(self.stepper.recall(q.reshape(self.rows), maps), out_gate)
 
     def _gated(self, reads: Tensor, out_gate: Tensor) -> Tensor:
-        return self.memory.gated(reads.view(len(out_gate), self.memory.heads, -1).to(out_gate.dtype), out_gate)
+        return self.memory.gated(reads.view(self.heads).to(out_gate.dtype), out_gate)
 
 
 class _LMMDecoder:
@@ -146,20 +152,20 @@ class _MACDecoder:
 
     def mix(self, x: Tensor) -> Tensor:
         block, attention, memory, B = self.block, self.block.attention, self.block.memory, len(x)
-        qkv, queries, gate = self.project(x)
+        qkv, queries, gate = self.project.each(x)
         recalled = self.memory.recall(queries, gate, self.maps)
         heads = attention.heads, attention.head_dim
         q, k, v = qkv.view(B, 3, 1, *heads).unbind(1)
         place = self.memory.stepper.read % block.segment_length
-        mk, mv = self.recalled(recalled)[0].view(B, 2, 1, *heads).unbind(1)
+        mk, mv = self.recalled(recalled).view(B, 2, 1, *heads).unbind(1)
         q, mk, k = rotate(torch.stack([q, mk, k]), self.table[:, place]).squeeze(2)
         end = self.persistent + 2 * (place + 1)
         self.held[0, :, :, end - 2 : end] = torch.stack([mk, k], 2)
         self.held[1, :, :, end - 2 : end] = torch.cat([mv, v], 1).transpose(1, 2)
         keys, values = self.held[:, :, :, :end]
         found = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values)
-        y = x + self.attended(found.flatten(1))[0]
-        out = self.gated(block.gate.product(y, self.memory(y)))[0]
+        y = x + self.attended(found.flatten(1))
+        out = self.gated(block.gate.product(y, self.memory(y)))
         if place + 1 == block.segment_length:
             self.maps = tuple(self.memory.stepper.current_maps())
             self.held[..., self.persistent :, :].zero_()
@@ -189,8 +195,8 @@ class Decoder:
     def __call__(self, x: Tensor) -> Tensor:
         require_finite(x.unsqueeze(1), None)
         x = x + self.mixer.mix(self.block.mix_norm(x))
-        gate, up = self.up(self.block.feed_forward_norm(x))
-        return x + self.down(F.silu(gate) * up)[0]
+        gate, up = self.up.each(self.block.feed_forward_norm(x))
+        return x + self.down(F.silu(gate) * up)
 
 
 def decoder(block: Block, state: State) -> Decoder | None:

@@ -95,7 +95,7 @@ class Stepper:
         """Brings ``weights`` to the new token; weights of the chunk's tokens in the memory [G, 1, n]."""
         momentum, retention = gates[1:].exp().unbind(0)
         memory, surprise = self.fading
-        torch.addcmul(surprise.mul_(momentum), memory, retention, out=memory)
+        memory.mul_(retention).add_(surprise.mul_(momentum))
         end = self.slot + 3
         self.weights[..., end : end + 1] = gates[0]
         return self.weights[0, ..., 3 : end + 1]
@@ -112,11 +112,11 @@ class Stepper:
                 outputs.append(torch.add(*z.chunk(2, -1)))
             else:
                 outputs.append(torch.bmm(torch.cat([k, k], 2), two))
-            inputs[:, slot] = x[:, 0]
+            inputs[:, slot : slot + 1] = x
         gain = self.affine and self.affine[0]
         d = network.output_signal(outputs[-1], gain, network.offset(k, v, self.affine))[0]  # type: ignore[arg-type]
         for i in reversed(range(network.depth)):
-            self.signals[i][:, slot] = d[:, 0]
+            self.signals[i][:, slot : slot + 1] = d
             if i:
                 d = _apart(slope, torch.bmm(torch.cat([d, d], 2), self.two[i]), outputs[i - 1])
 
