@@ -102,7 +102,7 @@ class _WindowDecoder:
 
     @property
     def state(self) -> State:
-        return MAGState(self.memory.state, self.window)
+        return MAGState(self.memory.state, self.window.map(torch.clone))
 
     def attend(self, x: Tensor, persistent: Tensor | None = None) -> Tensor:
         attention: SlidingWindowAttention = self.block.attention
@@ -148,7 +148,7 @@ class _MACDecoder:
     def state(self) -> State:
         held = self.held[..., self.persistent :, :].unflatten(3, (-1, 2))  # [2, B, heads, C, 2, head_dim]
         held = held.permute(1, 3, 4, 0, 2, 5).flatten(2, 3)
-        return MACState(self.memory.state, self.maps, held)
+        return MACState(self.memory.state, tuple(map.clone() for map in self.maps), held)
 
     def mix(self, x: Tensor) -> Tensor:
         block, attention, memory, B = self.block, self.block.attention, self.block.memory, len(x)
@@ -181,10 +181,11 @@ class Decoder:
     ``state`` is what ``forward`` would have returned; it is a copy.
     """
 
+    @torch.inference_mode()  # it and what it holds: a twentieth of the time is keeping track of views
     def __init__(self, block: Block, state: State):
-        self.block, self.mixer = block, _MIXERS[type(block)](block, state)
         memory: MemoryState = getattr(state, "memory", state)  # type: ignore[assignment]
         B = len(memory.position)
+        self.block, self.mixer = block, _MIXERS[type(block)](block, state)
         self.up = _Linear(B, *block.feed_forward.up_proj.weight.chunk(2))
         self.down = _Linear(B, block.feed_forward.down_proj.weight)
 
@@ -194,9 +195,11 @@ class Decoder:
 
     def __call__(self, x: Tensor) -> Tensor:
         require_finite(x.unsqueeze(1), None)
-        x = x + self.mixer.mix(self.block.mix_norm(x))
-        gate, up = self.up.each(self.block.feed_forward_norm(x))
-        return x + self.down(F.silu(gate) * up)
+        with torch.inference_mode():
+            x = x + self.mixer.mix(self.block.mix_norm(x))
+            gate, up = self.up.each(self.block.feed_forward_norm(x))
+            y = self.down(F.silu(gate) * up)
+        return x + y
 
 
 def decoder(block: Block, state: State) -> Decoder | None:
