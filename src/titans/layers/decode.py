@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans.layers.attention import SlidingWindowAttention, rotary_table, rotate
+from titans.layers.attention import SlidingWindowAttention, WindowState, rotary_table, rotate
 from titans.layers.block import Block
 from titans.layers.common import require_finite
 from titans.layers.lmm import LMM
@@ -97,24 +97,43 @@ class _LMMDecoder:
 class _WindowDecoder:
     """MAG and MAL: the memory in place; the window is small, and moved."""
 
+    persistent: tuple[Tensor, ...] = ()
+
     def __init__(self, block: MAG | MAL, state: MAGState):
-        self.block, self.memory, self.window = block, MemoryDecoder(block.memory, state.memory), state.attention
+        self.block, self.memory, window = block, MemoryDecoder(block.memory, state.memory), state.attention
+        attention: SlidingWindowAttention = block.attention
+        B, W, *self.heads = window.keys.shape
+        self.project, self.attended = _Linear(B, attention.qkv_proj.weight), _Linear(B, attention.out_proj.weight)
+        self.window, self.count = torch.stack([window.keys, window.values]), int(window.count[0])
+        self.table = rotary_table(torch.arange(1, W + 1, device=window.keys.device), window.keys)
 
     @property
     def state(self) -> State:
-        return MAGState(self.memory.state, self.window.map(torch.clone))
+        keys, values = self.window.clone()
+        count = torch.full(keys.shape[:1], self.count, device=keys.device)
+        return MAGState(self.memory.state, WindowState(keys, values, count))
 
-    def attend(self, x: Tensor, persistent: Tensor | None = None) -> Tensor:
-        attention: SlidingWindowAttention = self.block.attention
-        y, self.window = attention(x.unsqueeze(1), self.window, None, persistent)
-        return y.squeeze(1)
+    def attend(self, x: Tensor) -> Tensor:
+        qkv = self.project(x).view(1, len(x), 3, *self.heads).transpose(0, 2)  # [3, B, 1, heads, head_dim]
+        self.window = torch.cat([self.window[:, :, 1:], qkv[1:]], 2)
+        self.count = min(self.count + 1, self.window.shape[2])
+        keys, values = self.window[:, :, -self.count :]
+        q, keys = rotate(qkv[0], self.table[:, -1:]), rotate(keys, self.table[:, -self.count :])
+        if self.persistent:
+            keys, values = (torch.cat(pair, 1) for pair in zip(self.persistent, (keys, values), strict=True))
+        found = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, keys, values)))
+        return self.attended(found.flatten(1))
 
 
 class _MAGDecoder(_WindowDecoder):
-    block: MAG
+    def __init__(self, block: MAG, state: MAGState):
+        super().__init__(block, state)
+        self.product, self.gated = block.gate.product, _Linear(len(state.attention.keys), block.gate.out_proj.weight)
+        if block.persistent is not None:
+            self.persistent = block.attention.persistent(block.persistent, len(state.attention.keys))
 
     def mix(self, x: Tensor) -> Tensor:
-        return self.block.gate(x + self.attend(x, self.block.persistent), self.memory(x))
+        return self.gated(self.product(x + self.attend(x), self.memory(x)))
 
 
 class _MALDecoder(_WindowDecoder):
