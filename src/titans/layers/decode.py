@@ -58,7 +58,7 @@ class MemoryDecoder:
         self.memory, self.stepper = memory, Stepper(state, memory.start(), memory.network, memory.forget)
         B = len(state.position)
         self.project = _Linear(B, memory.qkv_proj.weight, memory.gates_proj.weight, memory.out_gate.weight)
-        self.out = _Linear(B, memory.out_proj.weight)
+        self.out, self.bias = _Linear(B, memory.out_proj.weight), memory.gates_proj.bias
         self.skip = memory.skip.to(state.pending.dtype).repeat(B, 1).unsqueeze(1)
         self.rows, self.heads = self.skip.shape, (B, memory.heads, memory.head_dim)  # [B * heads, 1, head_dim]
 
@@ -72,9 +72,9 @@ class MemoryDecoder:
         qkv, gates, out_gate = self.project.each(x)
         qkv, stepper.conv = memory.conv(qkv.unsqueeze(1), stepper.conv, None)
         q, k, v = (t.reshape(self.rows) for t in memory.by_head(F.silu(qkv).to(self.skip.dtype)))
-        gates = torch.stack(memory.gate_values(gates + memory.gates_proj.bias)).view(3, -1, 1, 1)
+        gates = torch.stack(memory.gate_values(gates + self.bias)).view(3, -1, 1, 1)
         reads = stepper(q, k, v, gates)
-        return self.out(self._gated(reads + self.skip * v, out_gate))
+        return self.out(self._gated(torch.addcmul(reads, self.skip, v), out_gate))
 
     def recall(self, queries: Tensor, out_gate: Tensor, maps: Sequence[Tensor]) -> Tensor:
         """``NeuralMemory.recall`` of projected queries [B, key_heads * head_dim]; maps [B, heads, d_in, d_out]."""
@@ -174,13 +174,13 @@ class _MACDecoder:
         qkv, queries, gate = self.project.each(x)
         recalled = self.memory.recall(queries, gate, self.maps)
         heads = attention.heads, attention.head_dim
-        q, k, v = qkv.view(B, 3, 1, *heads).unbind(1)
+        q, k, v = qkv.view(B, 3, *heads).unbind(1)
+        mk, mv = self.recalled(recalled).view(B, 2, *heads).unbind(1)
         place = self.memory.stepper.read % block.segment_length
-        mk, mv = self.recalled(recalled).view(B, 2, 1, *heads).unbind(1)
-        q, mk, k = rotate(torch.stack([q, mk, k]), self.table[:, place]).squeeze(2)
+        q, mk, k = rotate(torch.stack([q, mk, k]), self.table[:, place]).unbind(0)
         end = self.persistent + 2 * (place + 1)
-        self.held[0, :, :, end - 2 : end] = torch.stack([mk, k], 2)
-        self.held[1, :, :, end - 2 : end] = torch.cat([mv, v], 1).transpose(1, 2)
+        new = torch.stack([mk, k, mv, v], 2).view(B, heads[0], 2, 2, -1)  # places last
+        self.held[..., end - 2 : end, :] = new.movedim(2, 0)
         keys, values = self.held[:, :, :, :end]
         found = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values)
         y = x + self.attended(found.flatten(1))

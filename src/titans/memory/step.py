@@ -12,14 +12,14 @@ from titans.memory.state import MemoryState
 
 def near(t: Tensor) -> Tensor:
     """``t``, brought into a CPU's caches: a sum comes from memory three times as fast as the product of one row."""
-    if t.device.type == "cpu":
+    if t.is_cpu:
         t.sum()
     return t
 
 
 def _apart(f: Callable[..., Tensor], *z: Tensor) -> Tensor:
     """``f`` element by element on [G, 1, D], not contiguous: PyTorch gives what is to oneDNN, some 15 us a call."""
-    return f(*(t.transpose(0, 2) for t in z)).transpose(0, 2)
+    return f(*[t.transpose(0, 2) for t in z]).transpose(0, 2)
 
 
 class Stepper:
