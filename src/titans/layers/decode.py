@@ -117,7 +117,7 @@ class _WindowDecoder:
         qkv = self.project(x).view(1, len(x), 3, *self.heads).transpose(0, 2)  # [3, B, 1, heads, head_dim]
         self.window = torch.cat([self.window[:, :, 1:], qkv[1:]], 2)
         self.count = min(self.count + 1, self.window.shape[2])
-        keys, values = self.window[:, :, -self.count :]
+        keys, values = self.window[:, :, -self.count :].unbind(0)
         q, keys = rotate(qkv[0], self.table[:, -1:]), rotate(keys, self.table[:, -self.count :])
         if self.persistent:
             keys, values = (torch.cat(pair, 1) for pair in zip(self.persistent, (keys, values), strict=True))
@@ -181,7 +181,7 @@ class _MACDecoder:
         end = self.persistent + 2 * (place + 1)
         new = torch.stack([mk, k, mv, v], 2).view(B, heads[0], 2, 2, -1)  # places last
         self.held[..., end - 2 : end, :] = new.movedim(2, 0)
-        keys, values = self.held[:, :, :, :end]
+        keys, values = self.held[:, :, :, :end].unbind(0)
         found = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values)
         y = x + self.attended(found.flatten(1))
         out = self.gated(block.gate.product(y, self.memory(y)))

@@ -45,7 +45,7 @@ class Stepper:
             base = (w.mT if i else w).to(dtype).repeat(B, 1, 1).unsqueeze(1)
             base = base if forget == "start" else torch.zeros_like(base)
             self.maps.append(torch.cat([base, map.flatten(0, 1)], 1))
-        self.three = [map.flatten(1, 2) for map in self.maps]
+        self.three = [map.flatten(1, 2).mT if i else map.flatten(1, 2) for i, map in enumerate(self.maps)]
         self.two = [map[:, :2].flatten(1, 2) for map in self.maps]
         self.inputs, self.signals = ([t.flatten(0, 1).clone() for t in ts] for ts in (state.inputs, state.signals))
         # weights in memory and in momentum as they stand, of M_0, of the two maps the chunk began with, of its tokens
@@ -81,7 +81,7 @@ class Stepper:
         for i, (map, x, d) in enumerate(zip(self.three, self.inputs, self.signals, strict=True)):
             if i:
                 h = _apart(value, r)
-                r = torch.bmm(self.mix, torch.bmm(h, map.mT).view(len(h), 3, -1))
+                r = torch.bmm(self.mix, torch.bmm(h, map).view(len(h), 3, -1))
             else:
                 r = torch.bmm((h * self.mix.mT).view(len(h), 1, -1), map)
             r = torch.baddbmm(r, torch.bmm(h, x[:, :end].mT) * write, d[:, :end], alpha=-1)
@@ -94,7 +94,7 @@ class Stepper:
     def _weigh(self, gates: Tensor) -> Tensor:
         """Brings ``weights`` to the new token; weights of the chunk's tokens in the memory [G, 1, n]."""
         momentum, retention = gates[1:].exp().unbind(0)
-        memory, surprise = self.fading
+        memory, surprise = self.fading.unbind(0)
         memory.mul_(retention).add_(surprise.mul_(momentum))
         end = self.slot + 3
         self.weights[..., end : end + 1] = gates[0]
