@@ -1,7 +1,8 @@
 """Blocks that read single tokens, their state in place: what generation runs. The same numbers as ``forward``.
 
-What depends on the parameters alone is prepared once: projections of the same input are one matrix, M_0 and the
-persistent tokens' keys are copied. So a decoder belongs to one stream: make a new one where parameters have changed.
+What depends on the parameters alone is prepared once: projections of the same input are one matrix, matrices lie as
+they are read fastest, M_0 and the persistent tokens' keys are copied. So a decoder holds a copy of its block, and
+belongs to one stream: make a new one where parameters have changed.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,6 @@ from titans.layers.neural_memory import NeuralMemory
 from titans.memory import MemoryState, State
 from titans.memory.step import Stepper
 
-
 PANEL = 32  # outputs
 
 
@@ -33,17 +33,17 @@ class _Linear:
     """
 
     def __init__(self, batch: int, *weights: Tensor):
-        weight, self.sizes = torch.cat(weights), [len(w) for w in weights]
-        self.weight, self.panels, self.spare = weight, None, -len(weight) % PANEL
-        if batch == 1 and weight.device.type == "cpu":
-            padded = F.pad(weight, (0, 0, 0, self.spare))
-            self.panels = padded.view(-1, PANEL, weight.shape[1]).mT.contiguous()
-            self.weight, self.shape = None, (len(self.panels), 1, weight.shape[1])
+        self.weight, self.sizes = weights[0] if len(weights) == 1 else torch.cat(weights), [len(w) for w in weights]
+        (d_out, d_in), self.single = self.weight.shape, batch == 1 and self.weight.is_cpu
+        if self.single:
+            self.spare = -d_out % PANEL
+            self.weight = F.pad(self.weight, (0, 0, 0, self.spare)).view(-1, PANEL, d_in).mT.contiguous()
+            self.shape = len(self.weight), 1, d_in
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.panels is None:
-            return F.linear(x, self.weight)  # type: ignore[arg-type]
-        y = torch.bmm(x.expand(self.shape), self.panels).view(1, -1)
+        if not self.single:
+            return F.linear(x, self.weight)
+        y = torch.bmm(x.expand(self.shape), self.weight).view(1, -1)
         return y[:, : -self.spare] if self.spare else y
 
     def each(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -121,7 +121,8 @@ class _WindowDecoder:
         q, keys = rotate(qkv[0], self.table[:, -1:]), rotate(keys, self.table[:, -self.count :])
         if self.persistent:
             keys, values = (torch.cat(pair, 1) for pair in zip(self.persistent, (keys, values), strict=True))
-        found = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, keys, values)))
+        q, keys, values = (t.transpose(1, 2) for t in (q, keys, values))
+        found = F.scaled_dot_product_attention(q, keys, values)
         return self.attended(found.flatten(1))
 
 
@@ -170,16 +171,15 @@ class _MACDecoder:
         return MACState(self.memory.state, tuple(map.clone() for map in self.maps), held)
 
     def mix(self, x: Tensor) -> Tensor:
-        block, attention, memory, B = self.block, self.block.attention, self.block.memory, len(x)
+        block, heads = self.block, (self.block.attention.heads, self.block.attention.head_dim)
         qkv, queries, gate = self.project.each(x)
         recalled = self.memory.recall(queries, gate, self.maps)
-        heads = attention.heads, attention.head_dim
-        q, k, v = qkv.view(B, 3, *heads).unbind(1)
-        mk, mv = self.recalled(recalled).view(B, 2, *heads).unbind(1)
+        q, k, v = qkv.view(len(x), 3, *heads).unbind(1)
+        mk, mv = self.recalled(recalled).view(len(x), 2, *heads).unbind(1)
         place = self.memory.stepper.read % block.segment_length
         q, mk, k = rotate(torch.stack([q, mk, k]), self.table[:, place]).unbind(0)
         end = self.persistent + 2 * (place + 1)
-        new = torch.stack([mk, k, mv, v], 2).view(B, heads[0], 2, 2, -1)  # places last
+        new = torch.stack([mk, k, mv, v], 2).view(len(x), heads[0], 2, 2, -1)  # of keys and values two
         self.held[..., end - 2 : end, :] = new.movedim(2, 0)
         keys, values = self.held[:, :, :, :end].unbind(0)
         found = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values)
@@ -200,12 +200,12 @@ class Decoder:
     ``state`` is what ``forward`` would have returned; it is a copy.
     """
 
-    @torch.inference_mode()  # it and what it holds: a twentieth of the time is keeping track of views
+    @torch.inference_mode()  # here and below: to keep track of views is a tenth of the time of a token
     def __init__(self, block: Block, state: State):
         memory: MemoryState = getattr(state, "memory", state)  # type: ignore[assignment]
         B = len(memory.position)
         self.block, self.mixer = block, _MIXERS[type(block)](block, state)
-        self.up = _Linear(B, *block.feed_forward.up_proj.weight.chunk(2))
+        self.up = _Linear(B, block.feed_forward.up_proj.weight)
         self.down = _Linear(B, block.feed_forward.down_proj.weight)
 
     @property
@@ -216,7 +216,7 @@ class Decoder:
         require_finite(x.unsqueeze(1), None)
         with torch.inference_mode():
             x = x + self.mixer.mix(self.block.mix_norm(x))
-            gate, up = self.up.each(self.block.feed_forward_norm(x))
+            gate, up = self.up(self.block.feed_forward_norm(x)).chunk(2, -1)
             y = self.down(F.silu(gate) * up)
         return x + y
 

@@ -40,7 +40,7 @@ class Stepper:
         self.network, self.shape, self.chunk_size = network, (B, H), C
         self.affine = affine and tuple(a.to(dtype).repeat(B, 1).unsqueeze(1) for a in affine)
         # every map as M_0, memory and momentum: keys meet the first two, queries all three
-        self.maps = []
+        self.maps: list[Tensor] = []
         for i, (map, w) in enumerate(zip(state.maps, maps, strict=True)):
             base = (w.mT if i else w).to(dtype).repeat(B, 1, 1).unsqueeze(1)
             base = base if forget == "start" else torch.zeros_like(base)
@@ -49,8 +49,8 @@ class Stepper:
         self.two = [map[:, :2].flatten(1, 2) for map in self.maps]
         self.inputs, self.signals = ([t.flatten(0, 1).clone() for t in ts] for ts in (state.inputs, state.signals))
         # weights in memory and in momentum as they stand, of M_0, of the two maps the chunk began with, of its tokens
-        weights = torch.cat([state.since_start().mT, state.pending], 2).flatten(0, 1).movedim(-1, 0)
-        self.weights = torch.cat([torch.ones_like(weights[..., :1]), weights], -1).unsqueeze(2)  # [2, G, 1, 3 + C]
+        since = torch.cat([state.since_start().mT, state.pending], 2).flatten(0, 1).movedim(-1, 0)
+        self.weights = torch.cat([torch.ones_like(since[..., :1]), since], -1).unsqueeze(2)  # [2, G, 1, 3 + C]
         self.fading, self.mix = self.weights[..., 1:], self.weights[0, ..., :3]
         self.read, self.conv = int(state.position[0]), state.conv
 
@@ -80,12 +80,12 @@ class Stepper:
         write, h = self._weigh(gates), q
         for i, (map, x, d) in enumerate(zip(self.three, self.inputs, self.signals, strict=True)):
             if i:
-                h = _apart(value, r)
                 r = torch.bmm(self.mix, torch.bmm(h, map).view(len(h), 3, -1))
             else:
                 r = torch.bmm((h * self.mix.mT).view(len(h), 1, -1), map)
             r = torch.baddbmm(r, torch.bmm(h, x[:, :end].mT) * write, d[:, :end], alpha=-1)
-        out = network.finish(q, r, self.affine)  # type: ignore[arg-type]
+            h = _apart(value, r) if i < network.depth - 1 else r
+        out = network.finish(q, h, self.affine)  # type: ignore[arg-type]
         self.read += 1
         if self.slot == 0:
             self._close()
