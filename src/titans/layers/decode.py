@@ -20,7 +20,7 @@ from titans.layers.mag import MAG, MAGState
 from titans.layers.mal import MAL
 from titans.layers.neural_memory import NeuralMemory
 from titans.memory import MemoryState, State
-from titans.memory.step import Stepper
+from titans.memory.step import Stepper, near
 
 PANEL = 32  # outputs
 
@@ -42,7 +42,7 @@ class _Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.single:
-            return F.linear(x, self.weight)
+            return F.linear(x, near(self.weight))
         y = torch.bmm(x.expand(self.shape), self.weight).view(1, -1)
         return y[:, : -self.spare] if self.spare else y
 
