@@ -88,6 +88,17 @@ def test_state_is_a_copy():
     assert_equal(kept.tensors(), saved, tolerance=0.0)
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_it_gives_can_be_trained_on(name):
+    """A decoder works in inference mode; neither what it returns nor its state is bound to that."""
+    layer, x = build(name), tokens(1, 12)
+    with torch.no_grad():
+        made = Decoder(layer, run(layer, x[:, :2])[1])
+        y = [made(token) for token in x[:, 2:].unbind(1)][-1]
+    run(layer, y.unsqueeze(1), made.state)[0].sum().backward()
+    assert layer.mix_norm.weight.grad is not None
+
+
 def test_nan_is_named():
     layer, x = build("lmm"), tokens(1, 3)
     with torch.no_grad():

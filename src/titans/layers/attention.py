@@ -26,7 +26,7 @@ def rotary_table(positions: Tensor, like: Tensor, base: float = 10_000.0) -> Ten
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotary positions on the first half of the last axis: x [..., n, heads, head_dim]."""
-    quarter, (cos, sin) = x.shape[-1] // 4, table.to(x.dtype)
+    quarter, (cos, sin) = x.shape[-1] // 4, table.to(x.dtype).unbind(0)
     turned = torch.cat([x[..., quarter : 2 * quarter], x[..., :quarter], x[..., 2 * quarter :]], -1)
     return torch.addcmul(x * cos, turned, sin)
 

@@ -1,5 +1,7 @@
 """What several layers share."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ def require_finite(x: Tensor, mask: Tensor | None) -> None:
         return
     if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    if x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite():
+    if math.isfinite(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).item()):
         return  # one pass; only where the sum is not finite it matters why
     finite = torch.isfinite(x).all(-1)
     if mask is not None:
@@ -81,7 +83,11 @@ class GatedProduct(nn.Module):
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, y: Tensor, m: Tensor) -> Tensor:
-        return self.out_proj(self.norm_y(y) * F.silu(self.norm_m(m)))
+        return self.out_proj(self.product(y, m))
+
+    def product(self, y: Tensor, m: Tensor) -> Tensor:
+        """What is projected."""
+        return self.norm_y(y) * F.silu(self.norm_m(m))
 
 
 def persistent_tokens(number: int, dim: int) -> nn.Parameter | None:

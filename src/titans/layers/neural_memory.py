@@ -206,8 +206,9 @@ class NeuralMemory(nn.Module):
 
     def by_head(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q and k, on the unit sphere, and v, [B, T, heads, head_dim], from what ``qkv_proj`` gave."""
-        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split((self.key_heads, self.key_heads, self.heads), -2)
-        return self._shared(_unit(q)), self._shared(_unit(k)), v
+        qk, v = qkv.unflatten(-1, (-1, self.head_dim)).split((2 * self.key_heads, self.heads), -2)
+        q, k = _unit(qk).chunk(2, -2)
+        return self._shared(q), self._shared(k), v
 
     def _shared(self, x: Tensor) -> Tensor:
         """[..., key_heads, head_dim] -> [..., heads, head_dim]."""

@@ -1,6 +1,6 @@
 """Single tokens, the state in place: what generation runs (README.md, section 4)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +8,20 @@ from torch import Tensor
 from titans.memory.network import MemoryMLP
 from titans.memory.scan import advance_all, weights_of
 from titans.memory.state import MemoryState
+
+NEAR = 8 * 2**20  # bytes; of more the first would be gone when the last have come
+
+
+def near(t: Tensor) -> Tensor:
+    """``t``, brought into a CPU's caches: a sum reads memory three times as fast as the product of a few rows."""
+    if t.is_cpu and t.nbytes <= NEAR:
+        t.sum()
+    return t
+
+
+def _apart(f: Callable[..., Tensor], *z: Tensor) -> Tensor:
+    """``f`` element by element on [G, 1, D], not contiguous: PyTorch gives what is to oneDNN, some 15 us a call."""
+    return f(*[t.transpose(0, 2) for t in z]).transpose(0, 2)
 
 
 class Stepper:
@@ -27,26 +41,29 @@ class Stepper:
         maps, affine = network.split(weights)
         self.network, self.shape, self.chunk_size = network, (B, H), C
         self.affine = affine and tuple(a.to(dtype).repeat(B, 1).unsqueeze(1) for a in affine)
-        # every map as memory, M_0 and momentum: keys meet the first two, queries all three
-        self.maps = []
+        # every map as M_0, memory and momentum: keys meet the first two, queries all three
+        self.maps: list[Tensor] = []
         for i, (map, w) in enumerate(zip(state.maps, maps, strict=True)):
-            base = (w.mT if i else w).to(dtype).repeat(B, 1, 1)
+            base = (w.mT if i else w).to(dtype).repeat(B, 1, 1).unsqueeze(1)
             base = base if forget == "start" else torch.zeros_like(base)
-            self.maps.append(torch.stack([map[:, :, 0].flatten(0, 1), base, map[:, :, 1].flatten(0, 1)], 1))
+            self.maps.append(torch.cat([base, map.flatten(0, 1)], 1))
+        self.three = [map.flatten(1, 2).mT if i else map.flatten(1, 2) for i, map in enumerate(self.maps)]
+        self.two = [map[:, :2].flatten(1, 2) for map in self.maps]
         self.inputs, self.signals = ([t.flatten(0, 1).clone() for t in ts] for ts in (state.inputs, state.signals))
-        # weights in memory and momentum as they stand: of the two maps the chunk began with, then of its tokens
-        self.weights = torch.cat([state.since_start().mT, state.pending], 2).flatten(0, 1)
+        # weights in memory and in momentum as they stand, of M_0, of the two maps the chunk began with, of its tokens
+        since = torch.cat([state.since_start().mT, state.pending], 2).flatten(0, 1).movedim(-1, 0)
+        self.weights = torch.cat([torch.ones_like(since[..., :1]), since], -1).unsqueeze(2)  # [2, G, 1, 3 + C]
+        self.fading, self.mix = self.weights[..., 1:], self.weights[0, ..., :3]
         self.read, self.conv = int(state.position[0]), state.conv
-        self.mix = torch.ones_like(self.weights[:, :1, :1]).repeat(1, 1, 3)  # of a map's three, at the query
 
     @property
     def state(self) -> MemoryState:
         """A copy of the state as it is now."""
         maps, inputs, signals = (
             tuple(t.unflatten(0, self.shape).clone() for t in ts)
-            for ts in ([m[:, ::2] for m in self.maps], self.inputs, self.signals)
+            for ts in ([m[:, 1:] for m in self.maps], self.inputs, self.signals)
         )
-        weights = self.weights.unflatten(0, self.shape).clone()
+        weights = self.fading.squeeze(2).movedim(0, -1).unflatten(0, self.shape).clone()
         return MemoryState(
             maps, inputs, signals, pending=weights[:, :, 2:], transition=weights[:, :, :2].mT,
             position=torch.full(self.shape[:1], self.read, device=weights.device),
@@ -59,19 +76,17 @@ class Stepper:
         return self.read % self.chunk_size
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
-        """Writes one token and reads: q, k, v [G, 1, D], gates [G, 3] = (lr, log_momentum, log_retention)."""
-        network, value = self.network, self.network.functions[0]
-        write, new, h, slot = self._weigh(gates), self._write(k, v), q, self.slot
-        for i, (map, x, d) in enumerate(zip(self.maps, self.inputs, self.signals, strict=True)):
-            x[:, slot], d[:, slot] = (t[:, 0] for t in new[i])
+        """Writes one token and reads: q, k, v [G, 1, D], gates [3, G, 1, 1] = (lr, log_momentum, log_retention)."""
+        network, value, end = self.network, self.network.functions[0], self.slot + 1
+        self._write(k, v)
+        write, h = self._weigh(gates), q
+        for i, (map, x, d) in enumerate(zip(self.three, self.inputs, self.signals, strict=True)):
             if i:
-                held = torch.bmm(h, map.flatten(1, 2).mT)
-                r = torch.bmm(self.mix, held.view(len(h), 3, -1))
+                r = torch.bmm(self.mix, torch.bmm(h, map).view(len(h), 3, -1))
             else:
-                r = torch.bmm((h * self.mix.mT).flatten(1).unsqueeze(1), map.flatten(1, 2))
-            scores = torch.bmm(h, x[:, : slot + 1].mT) * write
-            r = torch.baddbmm(r, scores, d[:, : slot + 1], alpha=-1)
-            h = value(r) if i < network.depth - 1 else r
+                r = torch.bmm((h * self.mix.mT).view(len(h), 1, -1), map)
+            r = torch.baddbmm(r, torch.bmm(h, x[:, :end].mT) * write, d[:, :end], alpha=-1)
+            h = _apart(value, r) if i < network.depth - 1 else r
         out = network.finish(q, h, self.affine)  # type: ignore[arg-type]
         self.read += 1
         if self.slot == 0:
@@ -79,46 +94,55 @@ class Stepper:
         return out
 
     def _weigh(self, gates: Tensor) -> Tensor:
-        """Brings ``weights`` and ``mix`` to the new token; weights of the chunk's tokens in the memory [G, 1, n]."""
-        momentum, retention = gates[:, 1:].exp().unbind(1)
-        step = torch.stack([retention, torch.zeros_like(momentum), momentum, momentum], -1).view(-1, 2, 2)
-        now = self.weights[:, : self.slot + 3]
-        now.copy_(torch.bmm(now, step))
-        now[:, -1] = gates[:, :1]
-        self.mix[:, 0, ::2] = now[:, :2, 0]
-        return now[:, 2:, 0].unsqueeze(1)
+        """Brings ``weights`` to the new token; weights of the chunk's tokens in the memory [G, 1, n]."""
+        momentum, retention = gates[1:].exp().unbind(0)
+        memory, surprise = self.fading.unbind(0)
+        memory.mul_(retention).add_(surprise.mul_(momentum))
+        end = self.slot + 3
+        self.weights[..., end : end + 1] = gates[0]
+        return self.weights[0, ..., 3 : end + 1]
 
-    def _write(self, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _write(self, k: Tensor, v: Tensor) -> None:
         """The token's input and gradient at every map, at the memory the chunk began with."""
-        network, (value, slope, _) = self.network, self.network.functions
-        x, outputs = [k], []
-        for i, map in enumerate(self.maps):
-            both = map[:, :2].flatten(1, 2)
+        network, (value, slope, _), slot = self.network, self.network.functions, self.slot
+        x, outputs = k, []
+        for i, (map, two, inputs) in enumerate(zip(self.maps, self.two, self.inputs, strict=True)):
+            near(map)
             if i:
-                x.append(value(outputs[-1]))
-                outputs.append(torch.bmm(x[-1], both.mT).view(len(k), 2, -1).sum(1, keepdim=True))
+                x = _apart(value, outputs[-1])
+                z = torch.bmm(x, two.mT)
+                outputs.append(torch.add(*z.chunk(2, -1)))
             else:
-                outputs.append(torch.bmm(torch.cat([k, k], 2), both))
+                outputs.append(torch.bmm(torch.cat([k, k], 2), two))
+            inputs[:, slot : slot + 1] = x
         gain = self.affine and self.affine[0]
-        d = [network.output_signal(outputs[-1], gain, network.offset(k, v, self.affine))[0]]  # type: ignore[arg-type]
-        for map, z in zip(self.maps[:0:-1], outputs[-2::-1], strict=True):
-            d.insert(0, slope(torch.bmm(torch.cat([d[0], d[0]], 2), map[:, :2].flatten(1, 2)), z))
-        return list(zip(x, d, strict=True))
+        d = network.output_signal(outputs[-1], gain, network.offset(k, v, self.affine))[0]  # type: ignore[arg-type]
+        for i in reversed(range(network.depth)):
+            self.signals[i][:, slot : slot + 1] = d
+            if i:
+                d = _apart(slope, torch.bmm(torch.cat([d, d], 2), self.two[i]), outputs[i - 1])
+
+    def recall(self, q: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """Asks a memory that stands still: q [G, 1, D], its linear maps [B, H, d_in, d_out]; nothing is written."""
+        h, value = q, self.network.functions[0]
+        for i, map in enumerate(maps):
+            h = torch.bmm(_apart(value, h) if i else h, near(map).flatten(0, 1))
+        return self.network.finish(q, h, self.affine)  # type: ignore[arg-type]
 
     def _advanced(self) -> list[Tensor]:
         """Memory and momentum of every map after the open chunk's tokens."""
-        held = [map[:, ::2] for map in self.maps]
-        return advance_all(held, self.inputs, self.signals, self.weights[:, 2:], self.weights[:, :2].mT)
+        held, weights = [map[:, 1:] for map in self.maps], self.fading.squeeze(2).movedim(0, -1)
+        return advance_all(held, self.inputs, self.signals, weights[:, 2:], weights[:, :2].mT)
 
     def _close(self) -> None:
         """Moves the full chunk into the maps."""
         for map, new in zip(self.maps, self._advanced(), strict=True):
-            map[:, ::2] = new
-        for emptied in (*self.inputs, *self.signals, self.weights):
+            map[:, 1:] = new
+        for emptied in (*self.inputs, *self.signals, self.fading):
             emptied.zero_()
-        self.weights[:, :2] = torch.eye(2, device=self.weights.device)
+        self.fading[:, :, 0, :2] = torch.eye(2, device=self.weights.device).unsqueeze(1)
 
     def current_maps(self) -> list[Tensor]:
         """The memory's linear maps [B, H, d_in, d_out] after the last token."""
-        now = weights_of(self._advanced(), [map[:, 1] for map in self.maps], self.weights.dtype)
+        now = weights_of(self._advanced(), [map[:, 0] for map in self.maps], self.weights.dtype)
         return [w.unflatten(0, self.shape) for w in now]
