@@ -52,6 +52,19 @@ def test_a_shifted_and_scaled_series_has_its_forecast_shifted_and_scaled(variant
     assert_equal(moved, plain * scale + shift)
 
 
+@forms
+def test_forecasts_start_as_small_as_the_series_whatever_the_look_back(variant, mixing):
+    for rows in (30, 300):
+        sizes = {"hidden_size": 16, "num_attention_heads": 2, "patch_length": 6, "patch_stride": 3}
+        config = TitansPredictionConfig(
+            variant=variant, channel_mixing=mixing, context_length=rows, prediction_length=50, num_input_channels=3,
+            **sizes,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        with torch.no_grad():
+            assert TitansForPrediction(config)(series(rows=rows).float()).prediction_outputs.std() < 1.5
+
+
 @torch.no_grad()
 def test_dropout_is_for_training_alone():
     plain, model = build(), build(dropout=0.5)

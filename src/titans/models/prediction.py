@@ -11,7 +11,7 @@ from transformers.utils.generic import ModelOutput
 
 from titans.models.cache import TitansCache
 from titans.models.causal_lm import TitansModel, TitansPreTrainedModel
-from titans.models.configuration import TitansConfig
+from titans.models.configuration import TitansConfig, linear_start
 from titans.models.stream import TitansStream
 
 
@@ -137,6 +137,12 @@ class TitansForPrediction(TitansPreTrainedModel):
         self.out_proj = nn.Linear(config.hidden_size, width)
         self.head = nn.Linear(config.num_patches * config.patch_length, config.prediction_length * outputs)
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The head reads a whole look-back: it starts by what it reads, as the others do by the width of the model."""
+        super()._init_weights(module)
+        if module is self.head:
+            nn.init.normal_(self.head.weight, std=linear_start(self.head.in_features))
 
     @property
     def cache_rows(self) -> int:  # type: ignore[override]
