@@ -141,7 +141,7 @@ def test_metrics_with_the_memory_carried_against_a_stream_for_each_window(waves,
     assert metrics["mse"] == pytest.approx((errors**2).mean().item(), rel=1e-5)
     np.testing.assert_allclose(metrics["mae_by_step"], errors.abs().mean((0, 2)), rtol=1e-5)
     plain = TASK.evaluate(model, None, TASK.data_class(path=str(waves), horizon=5), ForecastingEvaluation())
-    assert metrics["mse"] != pytest.approx(plain["mse"], rel=1e-3)
+    assert metrics["mse"] != pytest.approx(plain["mse"], rel=1e-4)
 
 
 def test_train_and_eval_with_the_memory_carried(waves, tmp_path, capsys):
