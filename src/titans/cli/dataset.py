@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> None:
     parser = ConfigParser(
         prog="titans eval forecasting",
         description="Trains and tests forecasters on every horizon of a data set, by the protocol of the literature, "
-        "and tabulates the mean over the horizons: a front of `titans compare`. Three learning rates are tried for "
+        "and tabulates the mean over the horizons: a front of `titans compare`. Four learning rates are tried for "
         "each model and horizon, each on all of the windows.",
         epilog=EXAMPLES,
         exit_on_error=False,

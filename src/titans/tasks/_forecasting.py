@@ -23,7 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "nlinear": {"type": "nlinear"},
 }
 WINDOWS = 24_000  # that a training sees: three passes over ETTh1
-RATES = [1e-3, 3e-3, 1e-2]
+RATES = [3e-4, 1e-3, 3e-3, 1e-2]
 
 
 def dataset_experiment(
@@ -38,7 +38,7 @@ def dataset_experiment(
 ) -> dict[str, Any]:
     """What ``Experiment.from_dict`` takes: each model trained and tested on each horizon, by the protocol.
 
-    One budget for all data sets, horizons and models: as many training windows; three learning rates, each tried with
+    One budget for all data sets, horizons and models: as many training windows; four learning rates, each tried with
     all of them; the checkpoint is the best of four validations.
 
     Args:
