@@ -114,6 +114,11 @@ def test_models_shared_by_two_processes(values, monkeypatch):
         compare(experiment, TASK, only=["lama"])
 
 
+def test_the_command_of_other_commands_keeps_its_models():
+    words = ["eval", "forecasting", "--models", "titans", "dlinear", "--seeds", "3"]
+    assert list(module._whole_command(words)) == words
+
+
 def test_a_varied_setting(values, tmp_path, monkeypatch):
     """Each value is a comparison of its own; the mean is over the values, for the seeds that all of them have."""
     train, trained = module.train, []

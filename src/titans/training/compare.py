@@ -233,12 +233,12 @@ def _head(experiment: Experiment) -> dict[str, Any]:
 
 
 def _whole_command(words: Sequence[str]) -> Iterator[str]:
-    """Without `--models`: it shares the work among processes, and the results hold what all of them did."""
-    rest = iter(words)
+    """`titans compare` without `--models`: it shares the work among processes, and the results hold what all did."""
+    rest, shared = iter(words), words[:1] == ["compare"]
     for word in rest:
-        if word == "--models":
+        if shared and word == "--models":
             next(rest, None)
-        elif not word.startswith("--models="):
+        elif not (shared and word.startswith("--models=")):
             yield word
 
 
