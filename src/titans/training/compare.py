@@ -132,6 +132,7 @@ class Experiment:
 
     @property
     def tries_whole_runs(self) -> bool:
+        """Whether a trial is a run of the first seed, test and all."""
         return self.tuning is not None and self.tuning["tokens"] == 1
 
     def chosen(self, task: Task, name: str) -> dict[str, float]:
@@ -234,11 +235,14 @@ def _head(experiment: Experiment) -> dict[str, Any]:
 
 def _whole_command(words: Sequence[str]) -> Iterator[str]:
     """`titans compare` without `--models`: it shares the work among processes, and the results hold what all did."""
-    rest, shared = iter(words), words[:1] == ["compare"]
+    if words[:1] != ["compare"]:
+        yield from words
+        return
+    rest = iter(words)
     for word in rest:
-        if shared and word == "--models":
+        if word == "--models":
             next(rest, None)
-        elif not (shared and word.startswith("--models=")):
+        elif not word.startswith("--models="):
             yield word
 
 

@@ -137,8 +137,14 @@ AutoModelForTimeSeriesPrediction.register(PatchTSTConfig, PatchTSTForPrediction,
 
 KINDS = ("dlinear", "nlinear")
 # The paper's patches, its head, which reads all of them, and its dropout; the library's own defaults are others.
-PATCHTST = {"patch_length": 16, "patch_stride": 8, "pooling_type": None}
-PATCHTST |= dict.fromkeys(("positional_dropout", "path_dropout", "ff_dropout"), 0.2)
+PATCHTST = {
+    "patch_length": 16,
+    "patch_stride": 8,
+    "pooling_type": None,
+    "positional_dropout": 0.2,
+    "path_dropout": 0.2,
+    "ff_dropout": 0.2,
+}
 # type -> (config class, model class, defaults)
 _FORECASTERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "titans": (TitansPredictionConfig, TitansForPrediction, {}),
