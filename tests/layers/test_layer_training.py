@@ -127,6 +127,19 @@ def test_write_gate_can_be_exactly_closed():
     assert all(torch.equal(w, m) for w, m in zip(state.weights, start, strict=True))
 
 
+@pytest.mark.parametrize(("gate", "reach"), [("sigmoid", 0), ("write", 3)])
+def test_how_far_back_a_gate_sees(gate, reach):
+    """A sigmoid sees its token, the write gate as far as the convolution (of 4) reaches; none sees what comes."""
+    layer = build("memory", gate=gate)
+    torch.nn.init.normal_(layer.gates_proj.weight, std=0.1)
+    x, at = tokens(T=20), 9
+    other = x.clone()
+    other[:, at] += 1
+    for name in ("lr", "momentum", "forget"):
+        seen = (layer(x, return_info=True)[2][name] != layer(other, return_info=True)[2][name]).flatten(2).any(2)[0]
+        assert seen.nonzero().flatten().tolist() == list(range(at, at + reach + 1))
+
+
 @pytest.mark.parametrize("gate", ["sigmoid", "write"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_without_momentum_and_forgetting_it_is_gradient_descent(gate, dtype):

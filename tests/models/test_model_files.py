@@ -43,11 +43,10 @@ def test_from_config_is_a_fresh_start(variant):
     """Auto classes build the model with the gates where they should start: none forgets more than 10 % a token."""
     model = AutoModelForCausalLM.from_config(config(variant))
     for layer in model.model.layers:
-        x = torch.randn(1, 5, 16)
-        lr, log_momentum, log_retention = layer.memory.gates(x)
-        assert torch.allclose(lr, torch.tensor(0.05), atol=1e-6)
-        assert torch.allclose(log_momentum.exp(), torch.tensor(0.5), atol=1e-6)
-        assert (-torch.expm1(log_retention)).max() < 0.1
+        info = layer.memory(torch.randn(1, 5, 16), return_info=True)[2]
+        assert torch.allclose(info["lr"], torch.tensor(0.05), atol=1e-6)
+        assert torch.allclose(info["momentum"], torch.tensor(0.5), atol=1e-6)
+        assert info["forget"].max() < 0.1
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "text"])

@@ -13,8 +13,8 @@ def test_gates_start_where_they_should(gate, forget, rates):
     """Hugging Face's initialisation must not put the gates back to one half."""
     model = TitansForCausalLM(titans_tiny("lmm", num_hidden_layers=1, memory_gate=gate, memory_forget=forget))
     memory = model.model.layers[0].memory
-    theta, log_eta, log_retention = memory.gates(torch.randn(2, 5, 128))
+    info = memory(torch.randn(2, 5, 128), return_info=True)[2]
     g = 0.5 if gate == "sigmoid" else 0.75
     alpha = torch.tensor(rates) * (1.0 if gate == "sigmoid" else g)
-    for got, expected in ((theta, memory.max_lr * g), (log_eta.exp(), 0.5), (-torch.expm1(log_retention), alpha)):
-        torch.testing.assert_close(got, torch.as_tensor(expected).expand_as(got), rtol=1e-3, atol=0)
+    for name, expected in (("lr", memory.max_lr * g), ("momentum", 0.5), ("forget", alpha)):
+        torch.testing.assert_close(info[name], torch.as_tensor(expected).expand(2, 5, 2), rtol=1e-3, atol=0)

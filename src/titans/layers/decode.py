@@ -57,7 +57,8 @@ class MemoryDecoder:
     def __init__(self, memory: NeuralMemory, state: MemoryState):
         self.memory, self.stepper = memory, Stepper(state, memory.start(), memory.network, memory.forget)
         B = len(state.position)
-        self.project = _Linear(B, memory.qkv_proj.weight, memory.gates_proj.weight, memory.out_gate.weight)
+        gates = [memory.gates_proj.weight] if memory.gate == "sigmoid" else []
+        self.project = _Linear(B, memory.qkv_proj.weight, *gates, memory.out_gate.weight)
         self.out, self.bias = _Linear(B, memory.out_proj.weight), memory.gates_proj.bias
         self.skip = memory.skip.to(state.pending.dtype).repeat(B, 1).unsqueeze(1)
         self.rows, self.heads = self.skip.shape, (B, memory.heads, memory.head_dim)  # [B * heads, 1, head_dim]
@@ -69,10 +70,12 @@ class MemoryDecoder:
 
     def __call__(self, x: Tensor) -> Tensor:
         memory, stepper = self.memory, self.stepper
-        qkv, gates, out_gate = self.project.each(x)
+        qkv, *gates, out_gate = self.project.each(x)
         qkv, stepper.conv = memory.conv(qkv.unsqueeze(1), stepper.conv, None)
-        q, k, v = (t.reshape(self.rows) for t in memory.by_head(F.silu(qkv).to(self.skip.dtype)))
-        gates = torch.stack(memory.gate_values(gates + self.bias)).view(3, -1, 1, 1)
+        qkv = F.silu(qkv)
+        q, k, v = (t.reshape(self.rows) for t in memory.by_head(qkv.to(self.skip.dtype)))
+        z = gates[0] + self.bias if gates else memory.gates_proj(qkv).squeeze(1)
+        gates = torch.stack(memory.gate_values(z)).view(3, -1, 1, 1)
         reads = stepper(q, k, v, gates)
         return self.out(self._gated(torch.addcmul(reads, self.skip, v), out_gate))
 

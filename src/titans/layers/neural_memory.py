@@ -16,11 +16,11 @@ NEVER = -1e3  # the logarithm of a gate that is shut: its exponential is 0 in an
 
 
 class GateProjection(nn.Linear):
-    """Pre-activations of the three gates of every head, [..., dim] -> [..., 3 * heads]."""
+    """Pre-activations of the three gates of every head, [..., width] -> [..., 3 * heads]."""
 
-    def __init__(self, dim: int, heads: int, gate: str, forget: str):
+    def __init__(self, width: int, heads: int, gate: str, forget: str):
         self.heads, self.gate, self.forget = heads, gate, forget
-        super().__init__(dim, 3 * heads)
+        super().__init__(width, 3 * heads)
 
     def reset_parameters(self) -> None:
         """The same gates for every token: theta half of ``max_lr`` (3/4 for ``"write"``), eta 1/2, alpha as the head.
@@ -54,7 +54,8 @@ class NeuralMemory(nn.Module):
         gate: how theta (step), eta (momentum) and alpha (forgetting) come from a token.
             ``"sigmoid"``: the paper's, each a sigmoid of its own.
             ``"write"``: one gate g in [0, 1] that reaches 0 and 1 exactly; theta = max_lr g, alpha = sigmoid(.) g, so
-            that where nothing is written nothing is forgotten.
+            that where nothing is written nothing is forgotten. It sees what the convolution gives, the token and those
+            before it: which number is to be kept shows in the words that lead to it.
         max_lr: largest theta; default 0.1, 0.005 at depth 4 (the outer gradient overflows at 0.02 and 8,192 tokens),
             and 0.1 / ``chunk_size`` for a network without norm, where nothing tames the sum of a chunk's gradients.
         forget: where forgetting leads: "start", to M_0, so that what was written fades and what was learned in training
@@ -96,7 +97,7 @@ class NeuralMemory(nn.Module):
         inner, keys = heads * self.head_dim, self.key_heads * self.head_dim
         self.qkv_proj = nn.Linear(dim, 2 * keys + inner, bias=False)
         self.conv = ShortConvolution(2 * keys + inner, conv_size)
-        self.gates_proj = GateProjection(dim, heads, gate, forget)
+        self.gates_proj = GateProjection(dim if gate == "sigmoid" else 2 * keys + inner, heads, gate, forget)
         # M_0 in units that suit the optimizer: it moves a map of any width by an equal share
         self.units = [i**0.5 if self.network.norm else 1.0 for i, _ in self.network.shapes(self.head_dim)]
         self.units += [1.0] * (2 * self.network.norm)
@@ -167,7 +168,7 @@ class NeuralMemory(nn.Module):
             mask = take(mask, index)
             x = take(x, index).masked_fill(~mask.unsqueeze(-1), 0)
         end: MemoryState = self.initial_state(x.shape[0]) if state is None else state
-        parts = self.qkv_proj(x), self.gates_proj(x), self.out_gate(x), mask
+        parts = self.qkv_proj(x), self._token_gates(x), self.out_gate(x), mask
         seen: dict[str, Tensor] = {}
         if return_info:
             y, end = self._read(*parts, end, seen)
@@ -179,19 +180,25 @@ class NeuralMemory(nn.Module):
         return (y, end, seen) if return_info else (y, end)
 
     def _read(
-        self, qkv: Tensor, gates: Tensor, out_gate: Tensor, mask: Tensor | None, state: MemoryState,
+        self, qkv: Tensor, gates: Tensor | None, out_gate: Tensor, mask: Tensor | None, state: MemoryState,
         seen: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, MemoryState]:  # fmt: skip
         reads, state = self._write(qkv, gates, mask, state, seen)
         return self.gated(reads, out_gate), state
 
     def _write(
-        self, qkv: Tensor, gates: Tensor, mask: Tensor | None, state: MemoryState, seen: dict[str, Tensor] | None = None
+        self,
+        qkv: Tensor,
+        gates: Tensor | None,
+        mask: Tensor | None,
+        state: MemoryState,
+        seen: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, MemoryState]:
         """Writes and reads, rows left-aligned: [B, T, heads, head_dim]; fills ``seen`` if it is given."""
         qkv, conv = self.conv(qkv, state.conv, None if mask is None else mask.sum(1))
-        q, k, v = self.by_head(F.silu(qkv))
-        lr, log_momentum, log_retention = self.gate_values(gates)
+        qkv = F.silu(qkv)
+        q, k, v = self.by_head(qkv)
+        lr, log_momentum, log_retention = self.gate_values(self.gates_proj(qkv) if gates is None else gates)
         if mask is not None:
             v = v.masked_fill(~mask[..., None, None], 0)
         reads, state, *info = neural_memory(
@@ -216,7 +223,11 @@ class NeuralMemory(nn.Module):
 
     def write(self, x: Tensor, state: MemoryState, mask: Tensor | None) -> tuple[Tensor, MemoryState]:
         """``forward`` without its last part, ``output``: what was read, [B, T, heads, head_dim]; x left-aligned."""
-        return self._write(self.qkv_proj(x), self.gates_proj(x), mask, state)
+        return self._write(self.qkv_proj(x), self._token_gates(x), mask, state)
+
+    def _token_gates(self, x: Tensor) -> Tensor | None:
+        """Pre-activations of gates that see the token alone; None for those that see what the convolution gives."""
+        return self.gates_proj(x) if self.gate == "sigmoid" else None
 
     def output(self, reads: Tensor, x: Tensor) -> Tensor:
         """Norm, gate and projection of what was read at the tokens x: [B, T, dim]."""
@@ -245,10 +256,6 @@ class NeuralMemory(nn.Module):
         affine = [a.to(queries.dtype) for a in self.weights[self.network.depth :]]
         y = self.network.apply((*(w.to(queries.dtype) for w in maps), *affine), queries.transpose(1, 2))
         return self.gated(y.transpose(1, 2), out_gate)
-
-    def gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """theta, log eta and log(1 - alpha) [B, T, heads], float32 (float64 for float64)."""
-        return self.gate_values(self.gates_proj(x))
 
     def gate_values(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """theta, log eta and log(1 - alpha) from what ``gates_proj`` gave."""
