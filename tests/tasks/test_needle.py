@@ -18,7 +18,6 @@ from titans.training.compare import Experiment, compare
 from titans.training.config import parse_config
 from titans.training.run import train
 from titans.training.tables import table
-from titans.training.tokens import load_tokenizer
 from titans.training.trainer import RunTrainer
 
 TASK = get_task("needle")
@@ -169,21 +168,6 @@ def test_a_haystack_repeats_its_text_and_may_begin_anywhere():
     assert long.prompt.count("The end.") > 5
 
 
-def test_numbers_distract_in_training_and_never_in_the_test(values, tmp_path):
-    (tmp_path / "story.txt").write_text(STORY * 20)
-    data = {"task": ["niah_single_2"], "distractors": 0.2} | dict.fromkeys(
-        ("train", "validation", "test"), str(tmp_path / "story.txt")
-    )
-    data = parse_config(TASK, {"data": values["data"] | data}).data
-    for split, distracted in (("train", True), ("validation", True), ("test", False)):
-        makers = [TASK.makers(data, split, data.task, load_tokenizer())["niah_single_2"] for _ in range(2)]
-        first, second = (maker(np.random.default_rng(0), 2000, 128).prompt for maker in makers)
-        assert first == second
-        numbers = re.findall(r"\b\d+\b", first)
-        assert (len(numbers) > 20) == distracted, (split, numbers)
-        assert len({len(n) for n in numbers}) > 4 or not distracted
-
-
 def test_words_of_a_folder_each_once(tmp_path):
     (tmp_path / "x_nounlist.txt").write_text("house\narm-rest\nhouse\n")
     (tmp_path / "adjectivelist.txt").write_text("blue\nad hoc \n\n")
@@ -215,7 +199,7 @@ def test_bad_values_name_the_mend():
             parse_config(TASK, {part: {"task": ["niah_singel_1"]}})
         with pytest.raises(ValueError, match=rf"{part}\.task=\[\]"):
             parse_config(TASK, {part: {"task": []}})
-    for key, value in (("text_loss", 2), ("lengths", [0]), ("validation_windows", 0), ("distractors", 1)):
+    for key, value in (("text_loss", 2), ("lengths", [0]), ("validation_windows", 0)):
         with pytest.raises(ValueError, match=rf"data\.{key}"):
             parse_config(TASK, {"data": {key: value}})
     for key, value in (("lengths", []), ("samples", 0), ("max_new_tokens", 0), ("seed", -1)):
@@ -327,6 +311,8 @@ def test_books_and_word_lists_as_shipped():
     adjectives, nouns = read_words(str(Path(folder) / "needle"))
     assert (len(adjectives), len(nouns)) == (910, 6782)
     data = TASK.data_class(test="${TITANS_DATA}/gutenberg_books/validation.jsonl.xz", words="${TITANS_DATA}/needle")
+    from titans.training.tokens import load_tokenizer
+
     tokenizer = load_tokenizer(str(Path(folder) / "gpt2_tokenizer"))
     for name, maker in TASK.makers(data, "test", list(RULER), tokenizer).items():
         question = maker(np.random.default_rng(0), 2048, 128)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from titans.training.config import option, require
+from titans.training.config import option
 from titans.training.questions import (
     Maker,
     Question,
@@ -72,15 +72,7 @@ class NeedleData(QuestionData):
     words: str | None = option(
         None, "folder with files that end in nounlist.txt and adjectivelist.txt; by default those of `wonderwords`"
     )
-    distractors: float = option(
-        0.0,
-        "fraction of the words of the essays of training and validation that become numbers: what is not to be kept",
-    )
     known = tuple(RULER)
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(0 <= self.distractors < 1, "data.distractors", self.distractors, "a fraction, 0 to 1")
 
 
 @dataclass
@@ -245,10 +237,7 @@ class Needle(QuestionTask):
         encode, essays = encoder(tokenizer), []
         if any(RULER[name].haystack == "essay" for name in names):
             documents = split_documents(data, split)
-            if split == "test":
-                essays = [Essay(" ".join(documents))]
-            else:
-                essays = [Essay(with_numbers(document, data.distractors)) for document in documents]
+            essays = [Essay(" ".join(documents))] if split == "test" else list(map(Essay, documents))
         words = read_words(data.words)
         return {
             name: Needles(name, words, lambda text: len(encode(text)), essays, from_start=split == "test")
@@ -257,16 +246,6 @@ class Needle(QuestionTask):
 
 
 task = Needle()
-
-
-def with_numbers(text: str, fraction: float) -> str:
-    """The text with a fraction of its words replaced by numbers of one to seven digits, the same at every call."""
-    if not fraction:
-        return text
-    words, rng = text.split(), np.random.default_rng(len(text))
-    for i in np.flatnonzero(rng.random(len(words)) < fraction):
-        words[i] = str(rng.integers(10 ** rng.integers(1, 8)))
-    return " ".join(words)
 
 
 def read_words(folder: str | None) -> tuple[list[str], list[str]]:
