@@ -191,7 +191,7 @@ class QuestionTask:
         """A small byte-level LMM that writes little, with a convolution across an answer, and how it is trained."""
         return {
             "model": small_lmm(memory_max_lr=0.3, memory_conv_size=12, memory_gate="write", memory_write_price=0.03),
-            "training": {"length": 512, "batch_size": 16, "tokens": 2e7, "learning_rate": 4e-3, "eval_every": 0.1},
+            "training": {"length": 512, "batch_size": 16, "tokens": 1e7, "learning_rate": 4e-3, "eval_every": 0.1},
         }
 
     def makers(self, data: Any, split: str, names: list[str], tokenizer: Any) -> dict[str, Maker]:
