@@ -56,6 +56,7 @@ def train(
         _load_weights(model, config.training.start_from)
     _check_enough(config, data)
     clock, tokens_per_step = Clock(), config.training.tokens_per_step
+    use_cache = getattr(model.config, "use_cache", False)  # the Trainer turns it off, for training alone
     trainer = RunTrainer(
         model=model,
         args=_arguments(config, data, folder),
@@ -70,8 +71,6 @@ def train(
     trainer.remove_callback(PrinterCallback)
     if progress:
         trainer.add_callback(ProgressBar(clock, tokens_per_step))
-    use_cache = getattr(model.config, "use_cache", False)
-    model.config.use_cache = False  # windows are read whole in training
     with _memory_hint(config):
         trainer.train(resume_from_checkpoint=checkpoint)
     model.config.use_cache = use_cache
