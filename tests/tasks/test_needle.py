@@ -352,7 +352,7 @@ def test_all_models_compare_and_the_best_stands_first(values, tmp_path):
 
 
 def test_the_shipped_checkpoint_finds_the_number(tmp_path):
-    """Trained on half a kilobyte to four, read to eight: what the README shows."""
+    """Trained on half a kilobyte, read to eight: what the README shows."""
     checkpoint, out = Path(__file__).parents[2] / "checkpoints" / "needle", tmp_path / "out.json"
     main(["eval", "needle", str(checkpoint), "--task", "niah_single_1", "--lengths", "2048", "8192", "--samples", "4",
           "--json", str(out)])  # fmt: skip

@@ -57,8 +57,8 @@ class MemoryDecoder:
     def __init__(self, memory: NeuralMemory, state: MemoryState):
         self.memory, self.stepper = memory, Stepper(state, memory.start(), memory.network, memory.forget)
         B = len(state.position)
-        gates = [memory.gates_proj.weight] if memory.gate == "sigmoid" else []
-        self.project = _Linear(B, memory.qkv_proj.weight, *gates, memory.out_gate.weight)
+        token_gates = [memory.gates_proj.weight] if memory.gate == "sigmoid" else []
+        self.project = _Linear(B, memory.qkv_proj.weight, *token_gates, memory.out_gate.weight)
         self.out, self.bias = _Linear(B, memory.out_proj.weight), memory.gates_proj.bias
         self.skip = memory.skip.to(state.pending.dtype).repeat(B, 1).unsqueeze(1)
         self.rows, self.heads = self.skip.shape, (B, memory.heads, memory.head_dim)  # [B * heads, 1, head_dim]
@@ -70,11 +70,11 @@ class MemoryDecoder:
 
     def __call__(self, x: Tensor) -> Tensor:
         memory, stepper = self.memory, self.stepper
-        qkv, *gates, out_gate = self.project.each(x)
+        qkv, *token_gates, out_gate = self.project.each(x)
         qkv, stepper.conv = memory.conv(qkv.unsqueeze(1), stepper.conv, None)
         qkv = F.silu(qkv)
         q, k, v = (t.reshape(self.rows) for t in memory.by_head(qkv.to(self.skip.dtype)))
-        z = gates[0] + self.bias if gates else memory.gates_proj(qkv).squeeze(1)
+        z = token_gates[0] + self.bias if token_gates else memory.gates_proj(qkv).squeeze(1)
         gates = torch.stack(memory.gate_values(z)).view(3, -1, 1, 1)
         reads = stepper(q, k, v, gates)
         return self.out(self._gated(torch.addcmul(reads, self.skip, v), out_gate))
