@@ -8,13 +8,28 @@ import pytest
 import torch
 
 from titans.bench import layers, worker
-from titans.bench.case import DEFAULT_SIZES, PASSES, SUITES, TASKS, Case, Subject, build, groups, suite, training_steps
+from titans.bench.case import (
+    DEFAULT_SIZES,
+    PASSES,
+    SUITES,
+    TASKS,
+    Case,
+    Subject,
+    builder,
+    groups,
+    suite,
+    training_steps,
+)
 from titans.bench.run import bench, plot, table
 from titans.cli import main
 from titans.memory import MemoryMLP
 
 TINY = {"dim": 16, "heads": 2, "head_dim": 8, "expansion": 2, "chunk_size": 8, "batch": 1}
 TINY_MODEL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "chunk_size": 8, "reach": 8}
+
+
+def build(case: Case) -> Subject:
+    return builder(case)(case)
 
 
 def plan(task="memory", **changes):
@@ -76,10 +91,10 @@ def answers(capsys):
 
 
 def run_worker(monkeypatch, subject, rounds):
-    monkeypatch.setattr(worker, "build", lambda case: subject)
+    monkeypatch.setattr(worker, "builder", lambda case: lambda case: subject)
     case = {"task": "memory", "subject": "titans", "measure": "forward", "length": 1}
     monkeypatch.setattr(sys, "argv", ["worker", json.dumps(case | {"threads": torch.get_num_threads()})])
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n" * rounds))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n" * (1 + rounds)))
     worker.main()
 
 

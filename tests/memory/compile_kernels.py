@@ -6,9 +6,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from titans.memory import MemoryMLP
-from titans.memory.kernels.scan import scan
+from titans.memory.kernels import scan
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", int: "i32", float: "fp32"}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", int: "i32", float: "fp32"}
 
 
 def compile_instead(kernel, *arguments, grid, warmup, num_warps, num_stages, **constants) -> None:
@@ -21,9 +21,10 @@ def compile_instead(kernel, *arguments, grid, warmup, num_warps, num_stages, **c
 
 
 triton.JITFunction.run = compile_instead
+scan.parts_of = lambda q, network: network.depth  # of two maps, two programs a memory
 for depth in (1, 2):
     network, C, D = MemoryMLP(depth=depth, expansion=2), 16, 16
     q, k, v = (torch.zeros(1, C, 1, D, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
     maps = [torch.zeros(1, 2, D, D * depth) for _ in range(depth)]
     base, affine = [m[:, 0] for m in maps], (torch.ones(1, 1, D), torch.zeros(1, 1, D))
-    scan(q, k, v, torch.zeros(1, C, 1, 3), maps, base, affine, network, C)[0].sum().backward()
+    scan.scan(q, k, v, torch.zeros(1, C, 1, 3), maps, base, affine, network, C)[0].sum().backward()

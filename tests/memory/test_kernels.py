@@ -71,6 +71,32 @@ def test_networks(name, forget, monkeypatch, launches):
     assert launches == ["forward", "backward"]
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs one program after the other, and these wait")
+@pytest.mark.parametrize("parts", [2])
+@pytest.mark.parametrize("name", ["expansion 4", "plain"])
+def test_programs_that_share_a_memory(name, parts, monkeypatch):
+    monkeypatch.setattr(kernels, "parts_of", lambda q, network: parts)
+    case = small(NETWORKS[name][0], T=5 * C, forget="start")
+    assert_near(case.tokens(C), case.tokens(0, C).run()[1].detach())
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs one program after the other, and these wait")
+def test_sharing_changes_bfloat16_by_its_rounding_alone(monkeypatch):
+    """At the size of a model, 32 chunks."""
+    case = make(MemoryMLP(expansion=4), B=2, T=2048, H=8, D=64, C=64, dtype=torch.float32, lr=0.01).to(DEVICE)
+    case = case.on(*(x.bfloat16() for x in case.inputs[:3]), *case.inputs[3:])
+    exact = gradients(case.to(torch.float32), "chunked", info=False)
+    plain, shared = gradients(case, "chunked", info=False), gradients(case, "triton", info=False)
+    monkeypatch.setattr(kernels, "parts_of", lambda q, network: 1)
+    alone = gradients(case, "triton", info=False)
+    for found in (alone, shared):
+        for got, middle, expected in zip(found, plain, exact, strict=True):
+            for name, x in expected.items():
+                if x.is_floating_point():
+                    bound = LOW_PRECISION * error(middle[name].float(), x) + 1e-3
+                    assert_equal(got[name].float(), x, bound, name)
+
+
 @pytest.mark.parametrize("carried", [0, 5], ids=["from M_0", "open chunk"])
 @pytest.mark.parametrize("masked", [None, "right"])
 def test_masks_and_open_chunks(carried, masked, launches):
@@ -102,7 +128,7 @@ def test_long_call_without_gradients(launches):
 
 def test_pieces_of_a_long_call(monkeypatch, launches):
     """Every piece is worked out again for its backward."""
-    monkeypatch.setattr(pieces, "PIECE", C)
+    monkeypatch.setattr(pieces, "PIECE_CUDA" if DEVICE == "cuda" else "PIECE", C)
     assert_near(small(MemoryMLP(expansion=1), T=3 * C, forget="start"))
     assert launches == ["forward"] * 3 + ["forward", "backward"] * 3
 

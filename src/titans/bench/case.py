@@ -101,13 +101,13 @@ class Subject:
     check: Callable[[], None] | None = None
 
 
-def build(case: Case) -> Subject:
-    """Raises ImportError with the mend if a peer is not installed."""
+def builder(case: Case) -> Callable[[Case], Subject]:
+    """What builds the case; raises ImportError with the mend if a peer is not installed."""
     place = TASKS[case.task][1].get(case.subject, "")
     if "model" in case.sizes:
         place = f"titans.bench.models:{'forecast' if 'horizon' in case.sizes else 'train'}"
     module, _, function = place.partition(":")
-    return getattr(importlib.import_module(module), function)(case)
+    return getattr(importlib.import_module(module), function)
 
 
 def groups(

@@ -63,7 +63,7 @@ def gated_delta_rule(case: Case) -> Subject:
     try:
         rule = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
     except ImportError as error:
-        raise ImportError("flash-linear-attention is not installed; pip install flash-linear-attention") from error
+        raise ImportError(f"flash-linear-attention: {error}; pip install flash-linear-attention") from error
     if case.device == "cpu":
         raise ValueError("subject='gated_delta_rule' needs a GPU; use --device cuda")
     decay, beta = _gates(case, 2)

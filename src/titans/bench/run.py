@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,13 @@ def bench(groups: Iterable[list[Case]], rounds: int, say: Callable[[str], None] 
 def _group(group: list[Case], rounds: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder, _revisions(group, Path(folder)) as sources:
         rows: list[dict[str, Any]] = [asdict(case) | {"name": case.name, "seconds": []} for case in group]
-        workers = []
-        for case, row in zip(group, rows, strict=True):  # one after the other: a warm-up disturbs no other
-            worker = _start(case, sources[case.revision])
-            workers.append(worker)
+        workers = [_start(case, sources[case.revision]) for case in group]  # all import at once
+        for worker, row in zip(workers, rows, strict=True):  # one after the other: a warm-up disturbs no other
             row |= _answer(worker)
         for _ in range(rounds):
             for worker, row in zip(workers, rows, strict=True):
                 if "error" in row:
                     continue
-                worker.stdin.write("\n")
-                worker.stdin.flush()
                 got = _answer(worker)
                 if "error" in got:
                     row |= got
@@ -52,7 +48,8 @@ def _group(group: list[Case], rounds: int) -> list[dict[str, Any]]:
                 row["seconds"].append(got["seconds"])
                 row.setdefault("resident_bytes", []).append(got["resident_bytes"])
         for worker in workers:
-            worker.stdin.close()
+            with suppress(BrokenPipeError):
+                worker.stdin.close()
             worker.wait()
     for row in rows:
         _summarise(row, rows)
@@ -82,13 +79,18 @@ def _revisions(group: list[Case], folder: Path):
 
 
 def _start(case: Case, source: Path) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": str(case.threads), "PYTHONPATH": str(source)}
+    path = os.pathsep.join([str(source), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": str(case.threads), "PYTHONPATH": path}
     command = [sys.executable, "-m", "titans.bench.worker", json.dumps(asdict(case))]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def _answer(worker: subprocess.Popen) -> dict[str, Any]:
-    assert worker.stdout is not None
+    """To a line."""
+    assert worker.stdin is not None and worker.stdout is not None
+    with suppress(BrokenPipeError):  # it has ended
+        worker.stdin.write("\n")
+        worker.stdin.flush()
     for line in worker.stdout:
         if line.startswith("{"):  # a peer may print
             return json.loads(line)

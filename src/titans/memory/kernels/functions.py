@@ -37,13 +37,12 @@ def token_rows(memory, chunk, chunks, H, C: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def load_masks(write, read, to_state, transition, index, C: tl.constexpr):
-    """``ChunkMasks`` of a chunk: [C, C], twice two [C, 1], and (beta, f, m) of the transition."""
+def load_masks(read, to_state, transition, index, C: tl.constexpr):
+    """Of a chunk's ``ChunkMasks``: twice two [C, 1], and (beta, f, m) of the transition."""
     read += index * 2 * C + 2 * tl.arange(0, C)[:, None]
     to_state += index * 2 * C + 2 * tl.arange(0, C)[:, None]
     transition += index * 4
     return (
-        tl.load(write + index * C * C + tile(C, C, C)),
         (tl.load(read), tl.load(read + 1)),
         (tl.load(to_state), tl.load(to_state + 1)),
         (tl.load(transition), tl.load(transition + 1), tl.load(transition + 3)),
@@ -65,6 +64,30 @@ def store_transition(transition, index, entries):
     tl.store(transition + 1, entries[1])
     tl.store(transition + 2, 0.0)
     tl.store(transition + 3, entries[2])
+
+
+@triton.jit
+def total(x, exchange, counter, round, PARTS: tl.constexpr):
+    """The sum of x over the programs of a memory: each leaves its own and waits for the others'.
+
+    exchange [G, 2, PARTS, *x.shape] is used in turn: who leaves a round's x has read all of the round before.
+    """
+    if PARTS > 1:
+        C: tl.constexpr = x.shape[0]
+        D: tl.constexpr = x.shape[1]
+        memory, part = tl.program_id(0).to(tl.int64) // PARTS, tl.program_id(0) % PARTS
+        counter += memory
+        place = exchange + (2 * memory + round % 2) * PARTS * C * D + tile(C, D, D)
+        tl.store(place + part * C * D, x)
+        tl.debug_barrier()  # all threads' stores come before the one thread's addition
+        tl.atomic_add(counter, 1, sem="release")
+        while tl.atomic_add(counter, 0, sem="acquire") < (round + 1) * PARTS:
+            pass
+        tl.debug_barrier()
+        x = tl.zeros([C, D], tl.float32)
+        for i in tl.static_range(PARTS):
+            x += tl.load(place + i * C * D, cache_modifier=".cg")  # not from the first-level cache
+    return x
 
 
 @triton.jit

@@ -39,7 +39,8 @@ def forward(
         w = slots1 + (memory * slots + c % slots) * 2 * map + whole
         after = slots1 + (memory * slots + (c + 1) % slots) * 2 * map + whole
         q_, k_ = tl.load(q + rows), tl.load(k + rows)
-        write_, read_, to_state_, transition_ = load_masks(write, read, to_state, transition, index, C)
+        write_ = tl.load(write + index * C * C + tile(C, C, C))
+        read_, to_state_, transition_ = load_masks(read, to_state, transition, index, C)
         z = product(k_, frozen(w, base, dtype, BASE))
         d = signal(z, tl.load(offset + rows), gain_, eps, NORM)[0]
         scores = cast(product(q_, tl.trans(k_)) * write_, dtype)
@@ -69,7 +70,8 @@ def backward(
         index, rows = memory * chunks + c, token_rows(memory, c, chunks, H, C, D)
         held = slots1 + (memory * slots + c) * 2 * map + whole
         q_, k_, g_ = tl.load(q + rows), tl.load(k + rows), tl.load(gout + rows)
-        write_, read_, to_state_, transition_ = load_masks(write, read, to_state, transition, index, C)
+        write_ = tl.load(write + index * C * C + tile(C, C, C))
+        read_, to_state_, transition_ = load_masks(read, to_state, transition, index, C)
         w = frozen(held, base, dtype, BASE)
         d, unit, rstd, error = signal(product(k_, w), tl.load(offset + rows), gain_, eps, NORM)
         raw, graw = product(q_, tl.trans(k_)), -product(g_, tl.trans(cast(d, dtype)))

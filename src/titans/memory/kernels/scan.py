@@ -1,6 +1,8 @@
 """``scan`` by the kernels: the same arguments and results as ``memory/scan.py``, whole chunks in a row."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import gcd
 from typing import Any
 
@@ -15,6 +17,7 @@ from titans.memory.network import MemoryMLP
 Tensors = Sequence[Tensor]
 FIXED = 8  # inputs of every kernel, up to gain; base follows
 BLOCK = 32  # hidden units at a time, in float32 half as many: more spills registers
+RESIDENT = 1  # programs of a memory wait for one another: so many a multiprocessor runs at once, whatever their size
 
 
 def scan(
@@ -26,50 +29,121 @@ def scan(
     masks = chunk_masks(gates.unflatten(1, (-1, chunk_size)).permute(0, 3, 1, 2, 4).flatten(0, 1))
     by_head: Any = affine and [a.view(B, H, 1, D).transpose(1, 2) for a in affine]
     offset, gain = network.offset(k, v, by_head), affine[0] if affine else torch.ones_like(maps[0][:, 0, :1, :D])
-    out, *end = _Scan.apply(network, chunk_size, q, k, offset, *masks, gain, *base, *maps)  # type: ignore[misc]
-    return network.finish(q, out, by_head), end
+    parts = parts_of(q, network)
+    out, *end = _Scan.apply(  # type: ignore[misc]
+        network,
+        chunk_size,
+        parts,
+        q,
+        k,
+        offset,
+        *masks,
+        gain,
+        *(_cut(b, parts) for b in base),
+        *(_cut(m, parts) for m in maps),
+    )
+    return network.finish(q, out, by_head), [_join(m, parts) for m in end]
+
+
+def parts_of(q: Tensor, network: MemoryMLP) -> int:
+    """How many programs share the hidden units of a memory: as many as a GPU runs at once, a block each at least."""
+    if network.depth == 1 or not q.is_cuda:
+        return 1
+    hidden, parts = network.shapes(q.shape[-1])[0][1], 1
+    free = RESIDENT * torch.cuda.get_device_properties(q.device).multi_processor_count // (q.shape[0] * q.shape[2])
+    while 2 * parts <= free and hidden % (2 * parts * BLOCK) == 0:
+        parts *= 2
+    return parts
+
+
+def _cut(m: Tensor, parts: int) -> Tensor:
+    """[G, ..., HIDDEN] -> [G * parts, ..., HIDDEN / parts]"""
+    return m.unflatten(-1, (parts, -1)).movedim(-2, 1).flatten(0, 1)
+
+
+def _join(m: Tensor, parts: int) -> Tensor:
+    return m.unflatten(0, (-1, parts)).movedim(1, -2).flatten(-2)
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, network: MemoryMLP, chunk_size: int, *tensors):  # type: ignore[override]
+    def forward(ctx, network: MemoryMLP, chunk_size: int, parts: int, *tensors):  # type: ignore[override]
         inputs, maps = [t.contiguous() for t in tensors[: -network.depth]], tensors[-network.depth :]
         chunks = inputs[0].shape[1] // chunk_size
         slots = chunks + 1 if any(ctx.needs_input_grad) else 2  # the start of every chunk, or of two in turn
         held = [m.new_empty(len(m), slots, *m.shape[1:]) for m in maps]
         for slot, m in zip(held, maps, strict=True):
             slot[:, 0] = m
-        out = torch.empty_like(inputs[0])
-        _launch("forward", network, chunk_size, inputs, held, [out])
-        ctx.network, ctx.chunk_size = network, chunk_size
+        if network.depth == 2:  # z of the second map
+            held.append(maps[0].new_empty(len(maps[0]) // parts, slots, chunk_size, inputs[0].shape[-1]))
+        out = _partial(inputs[0], parts)
+        _launch("forward", network, chunk_size, parts, inputs, held, [out])
+        ctx.network, ctx.chunk_size, ctx.parts = network, chunk_size, parts
         ctx.save_for_backward(*inputs, *held)
-        return out, *(h[:, chunks % slots].clone() for h in held)
+        return _whole(out, inputs[0]), *(h[:, chunks % slots].clone() for h in held[: network.depth])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gout, *gmaps):  # type: ignore[override]
-        network, C, saved = ctx.network, ctx.chunk_size, ctx.saved_tensors  # to be asked for once
-        inputs, held = saved[: -network.depth], saved[-network.depth :]
+        network, C, parts, saved = ctx.network, ctx.chunk_size, ctx.parts, ctx.saved_tensors  # to be asked for once
+        count = len(saved) - 2 * network.depth + 1
+        inputs, held = saved[:count], saved[count:]
         gmaps = [g.clone(memory_format=torch.contiguous_format) for g in gmaps]
-        grads = [torch.empty_like(t) for t in inputs[:FIXED]] + [torch.zeros_like(t) for t in inputs[FIXED:]]
-        gbase = grads[FIXED:] or gmaps  # not touched without base
+        shared = {2, 7}  # offset and gain: their gradients need the whole signal, which every program has
+        grads = [torch.empty_like(t) if i in shared else _partial(t, parts) for i, t in enumerate(inputs[:FIXED])]
+        gbase = [torch.zeros_like(t) for t in inputs[FIXED:]]
         passed = []  # from loop to loop over the hidden dimension
         if network.depth == 2:
             wide = (len(held[0]), C, held[0].shape[-1])
             passed = [held[0].new_empty(wide), *(gout.new_empty(wide) for _ in range(3))]
-        _launch("backward", network, C, inputs, held, [gout.contiguous(), *gmaps, *grads[:FIXED], *gbase, *passed])
-        return None, None, *grads, *gmaps
+        others = [gout.contiguous(), *gmaps, *grads, *(gbase or gmaps), *passed]  # gbase: not touched without base
+        _launch("backward", network, C, parts, inputs, held, others)
+        grads = [g if i in shared else _whole(g, t) for i, (g, t) in enumerate(zip(grads, inputs[:FIXED], strict=True))]
+        return None, None, None, *grads, *gbase, *gmaps
 
 
-def _launch(kernel: str, network: MemoryMLP, C: int, inputs: Tensors, held: Tensors, others: Tensors) -> None:
-    """One program for every memory."""
+def _partial(like: Tensor, parts: int) -> Tensor:
+    """What every part adds to a result, [parts, ...]."""
+    return like.new_empty((parts, *like.shape), dtype=like.dtype if parts == 1 else torch.float32)
+
+
+def _whole(partial: Tensor, like: Tensor) -> Tensor:
+    return partial[0] if len(partial) == 1 else partial.sum(0).to(like.dtype)
+
+
+def _launch(
+    kernel: str, network: MemoryMLP, C: int, parts: int, inputs: Tensors, held: Tensors, others: Tensors
+) -> None:
+    """``parts`` programs for every memory."""
     q, base, (D, HIDDEN) = inputs[0], inputs[FIXED:], held[0].shape[-2:]
-    module, sizes = one_map, {"C": C, "D": D, "NORM": network.norm, "BASE": bool(base)}
+    module, sizes, exchange = one_map, {"C": C, "D": D, "NORM": network.norm, "BASE": bool(base)}, []
     if network.depth == 2:
         block = gcd(HIDDEN, BLOCK * 2 // q.element_size())
-        module, sizes = two_maps, sizes | {"HIDDEN": HIDDEN, "BLOCK": block, "ACT": network.activation}
-    with torch.cuda.device_of(q):
+        module, sizes = two_maps, sizes | {"HIDDEN": HIDDEN, "BLOCK": block, "ACT": network.activation, "PARTS": parts}
+        memories = len(held[0]) // parts
+        exchange = [
+            held[0].new_empty(memories, 2, parts, C, D),
+            torch.zeros(memories, dtype=torch.int32, device=q.device),
+        ]
+    with torch.cuda.device_of(q), _without_wgmma():
         getattr(module, kernel)[(len(held[0]),)](
-            *inputs[:FIXED], *(base or held), *held, *others, q.shape[2], q.shape[1] // C, held[0].shape[1],
-            network.norm_eps, num_warps=4 if C <= 64 else 8, num_stages=1, **sizes,
+            *inputs[:FIXED], *(base or held[: network.depth]), *held, *others, *exchange, q.shape[2], q.shape[1] // C,
+            held[0].shape[1], network.norm_eps, num_warps=4 if C <= 64 else 8, num_stages=1, **sizes,
         )  # fmt: skip
+
+
+@contextmanager
+def _without_wgmma() -> Iterator[None]:
+    """Products by ``mma.sync``, where a kernel is compiled: in blocks of 32, Hopper's ``wgmma`` gets wrong addresses.
+
+    Seen on an H200 with Triton 3.6; Triton's issue 11366 has it for 3.7.
+    """
+    name, before = "DISABLE_MMA_V3", os.environ.get("DISABLE_MMA_V3")
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,8 +1,10 @@
-"""A memory of two maps: one program works through all chunks of one memory (README.md, section 3).
+"""A memory of two maps: PARTS programs work through all its chunks, a share of the hidden units each (README.md, 3).
 
 x, z are of the keys, d, u the loss's signals there; h, r of the queries; w, s a map and its momentum; g... gradients.
-Both maps are held as [2, D, HIDDEN], the second transposed. Their hidden dimension is worked through in blocks: what
-all blocks add up to, as z2, r2 and gd2, is only [C, D]. Chunk c finds the state in slot c and leaves it in c + 1.
+Both maps are held as [2, D, HIDDEN], a program's share of them, the second transposed. It is worked through in blocks:
+what all blocks add up to, as z2, r2 and gd2, is only [C, D]. z2 and gd2 are needed as a whole, by every program of the
+memory (``total``); where the rest is linear in them, each leaves its part of a result, to be added up afterwards.
+Chunk c finds the state in slot c and leaves it in c + 1.
 """
 
 import triton
@@ -29,6 +31,7 @@ from titans.memory.kernels.functions import (
     store_transition,
     tile,
     token_rows,
+    total,
     value,
 )
 
@@ -65,26 +68,31 @@ def first_read(q, d1, scores1, w1, base1, map, read, BASE: tl.constexpr):
 
 @triton.jit
 def forward(
-    q, k, offset, write, read, to_state, transition, gain, base1, base2, slots1, slots2, out, H, chunks, slots, eps,
-    C: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
-    BASE: tl.constexpr,
+    q, k, offset, write, read, to_state, transition, gain, base1, base2, slots1, slots2, signals, out,
+    exchange, counter, H, chunks, slots, eps,
+    C: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr,
+    NORM: tl.constexpr, BASE: tl.constexpr,
 ):  # fmt: skip
-    memory = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    memory, part = program // PARTS, program % PARTS
     map: tl.constexpr = D * HIDDEN
     dtype: tl.constexpr = q.dtype.element_ty
     block = tile(D, BLOCK, HIDDEN)
-    base1 += memory * map
-    base2 += memory * map
+    base1 += program * map
+    base2 += program * map
+    out += part * (tl.num_programs(0) // PARTS) * chunks * C * D
     gain_ = tl.load(gain + memory * D + tl.arange(0, D))[None, :]
     for c in range(chunks):
         index, rows = memory * chunks + c, token_rows(memory, c, chunks, H, C, D)
-        before, after = (memory * slots + c % slots) * 2 * map, (memory * slots + (c + 1) % slots) * 2 * map
+        before, after = (program * slots + c % slots) * 2 * map, (program * slots + (c + 1) % slots) * 2 * map
         state = (slots1 + before, slots2 + before, base1, base2)
-        q_, k_ = tl.load(q + rows), tl.load(k + rows)
-        write_, read_, to_state_, transition_ = load_masks(write, read, to_state, transition, index, C)
-        z2 = last_output(k_, state, block, HIDDEN, BLOCK, ACT, BASE)
+        q_, k_, square = tl.load(q + rows), tl.load(k + rows), index * C * C + tile(C, C, C)
+        read_, to_state_, transition_ = load_masks(read, to_state, transition, index, C)
+        z2 = total(last_output(k_, state, block, HIDDEN, BLOCK, ACT, BASE), exchange, counter, c, PARTS)
+        if part == 0:
+            tl.store(signals + (memory * slots + c % slots) * C * D + tile(C, D, D), z2)
         d2 = cast(signal(z2, tl.load(offset + rows), gain_, eps, NORM)[0], dtype)
-        scores1 = cast(product(q_, tl.trans(k_)) * write_, dtype)
+        scores1 = cast(product(q_, tl.trans(k_)) * tl.load(write + square), dtype)
         raw2, r2 = tl.zeros([C, C], tl.float32), tl.zeros([C, D], tl.float32)
         for j in range(0, HIDDEN, BLOCK):
             here = j + block
@@ -97,68 +105,80 @@ def forward(
                 r2 += product(h, tl.trans(load(base2 + here, dtype)))
             advance(w1, slots1 + after + here, map, k_, d1, to_state_, transition_)
             advance(w2, slots2 + after + here, map, d2, x, to_state_, transition_)
-        tl.store(out + rows, cast(r2 - product(cast(raw2 * write_, dtype), d2), dtype))
+        scores2 = cast(raw2 * tl.load(write + square), dtype)
+        tl.store(out + rows, cast(r2 - product(scores2, d2), out.dtype.element_ty))
         tl.debug_barrier()  # what was stored is there for the next chunk
 
 
 @triton.jit
 def backward(
-    q, k, offset, write, read, to_state, transition, gain, base1, base2, slots1, slots2,
+    q, k, offset, write, read, to_state, transition, gain, base1, base2, slots1, slots2, signals,
     gout, gmaps1, gmaps2, gq, gk, goffset, gwrite, gread, gto_state, gtransition, ggain, gbase1, gbase2,
-    gz1, gr, h, gu, H, chunks, slots, eps,
-    C: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
-    BASE: tl.constexpr,
+    gz1, gr, h, gu, exchange, counter, H, chunks, slots, eps,
+    C: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr,
+    NORM: tl.constexpr, BASE: tl.constexpr,
 ):  # fmt: skip
-    """``gmaps``: after the last chunk, then before the first; gz1, gr, h, gu [G, C, HIDDEN] pass from loop to loop."""
-    memory = tl.program_id(0).to(tl.int64)
+    """``gmaps``: after the last chunk, then before the first; gz1, gr, h, gu [C, HIDDEN] pass from loop to loop."""
+    program = tl.program_id(0).to(tl.int64)
+    memory, part = program // PARTS, program % PARTS
     map: tl.constexpr = D * HIDDEN
     dtype: tl.constexpr = q.dtype.element_ty
     block = tile(D, BLOCK, HIDDEN)
-    wide = memory * C * HIDDEN + tile(C, BLOCK, HIDDEN)
+    wide = program * C * HIDDEN + tile(C, BLOCK, HIDDEN)
     passed = (gz1 + wide, gr + wide, h + wide, gu + wide)
-    base1 += memory * map
-    base2 += memory * map
-    ends = (gmaps1 + memory * 2 * map, gmaps2 + memory * 2 * map, gbase1 + memory * map, gbase2 + memory * map)
+    base1 += program * map
+    base2 += program * map
+    ends = (gmaps1 + program * 2 * map, gmaps2 + program * 2 * map, gbase1 + program * map, gbase2 + program * map)
+    others = part * (tl.num_programs(0) // PARTS) * chunks  # chunks of the parts before this one
+    gq += others * C * D
+    gk += others * C * D
     gain_, ggain_ = tl.load(gain + memory * D + tl.arange(0, D))[None, :], tl.zeros([D], tl.float32)
     for step in range(chunks):
         c = chunks - 1 - step
         index, rows = memory * chunks + c, token_rows(memory, c, chunks, H, C, D)
-        before = (memory * slots + c) * 2 * map
+        before, mine = (program * slots + c) * 2 * map, others + index
         state = (slots1 + before, slots2 + before, base1, base2)
+        square, wanted = index * C * C + tile(C, C, C), (signals + (memory * slots + c) * C * D + tile(C, D, D))
         q_, k_, g_ = tl.load(q + rows), tl.load(k + rows), tl.load(gout + rows)
-        write_, read_, to_state_, transition_ = load_masks(write, read, to_state, transition, index, C)
-        z2 = last_output(k_, state, block, HIDDEN, BLOCK, ACT, BASE)
-        d2_, unit, rstd, error = signal(z2, tl.load(offset + rows), gain_, eps, NORM)
-        d2 = cast(d2_, dtype)
-        raw1, graw2 = product(q_, tl.trans(k_)), -product(g_, tl.trans(d2))
-        scores1, gscores2 = cast(raw1 * write_, dtype), cast(graw2 * write_, dtype)
-
+        read_, to_state_, transition_ = load_masks(read, to_state, transition, index, C)
+        d2 = cast(signal(tl.load(wanted), tl.load(offset + rows), gain_, eps, NORM)[0], dtype)
+        scores1 = cast(product(q_, tl.trans(k_)) * tl.load(write + square), dtype)
+        gscores2 = cast(-product(g_, tl.trans(d2)) * tl.load(write + square), dtype)
         gq_, gread_, raw2, graw1 = reads_backward(
             q_, k_, g_, d2, scores1, gscores2, state, block, passed, read_, HIDDEN, BLOCK, ACT, BASE
         )
         tl.debug_barrier()  # what was stored is there for the next loop
+        # What was needed before is loaded and worked out again: what stays alive through a loop spills registers.
+        q_, k_, g_, write_ = tl.load(q + rows), tl.load(k + rows), tl.load(gout + rows), tl.load(write + square)
         gscores1 = cast(graw1 * write_, dtype)
-        tl.store(gq + rows, cast(gq_ + product(gscores1, k_), dtype))
-        tl.store(gwrite + index * C * C + tile(C, C, C), graw1 * raw1 + graw2 * raw2)
-        store_pair(gread, index, gread_, C)
+        tl.store(gq + rows, cast(gq_ + product(gscores1, k_), gq.dtype.element_ty))
+        gwrite_ = graw1 * product(q_, tl.trans(k_)) - raw2 * product(g_, tl.trans(d2))
+        tl.store(gwrite + others * C * C + square, gwrite_)
+        store_pair(gread, mine, gread_, C)
 
         gd2 = -product(tl.trans(cast(raw2 * write_, dtype)), g_)
         gk_, gd2, gto_state_ = signals_backward(
             k_, d2, gd2, scores1, gscores2, state, ends, block, passed, to_state_, HIDDEN, BLOCK, ACT, BASE
         )
+        store_pair(gto_state, mine, gto_state_, C)
+        gk_ += product(tl.trans(gscores1), q_)
+        gd2 = total(gd2, exchange, counter, step, PARTS)
+        d2_, unit, rstd, error = signal(tl.load(wanted), tl.load(offset + rows), gain_, eps, NORM)
         gz2, goffset_, more = signal_backward(gd2, d2_, gain_, unit, rstd, error, NORM)
         ggain_ += more
-        tl.store(goffset + rows, goffset_)
-        store_pair(gto_state, index, gto_state_, C)
+        if part == 0:
+            tl.store(goffset + rows, goffset_)
         tl.debug_barrier()
 
         more, gtransition_ = maps_backward(
-            q_, k_, g_, d2, cast(gz2, dtype), state, ends, block, passed, read_, transition_, HIDDEN, BLOCK, ACT, BASE
-        )
-        tl.store(gk + rows, cast(gk_ + more + product(tl.trans(gscores1), q_), dtype))
-        store_transition(gtransition, index, gtransition_)
+            tl.load(q + rows), k_, tl.load(gout + rows), d2, cast(gz2, dtype), state, ends, block, passed, read_,
+            transition_, HIDDEN, BLOCK, ACT, BASE,
+        )  # fmt: skip
+        tl.store(gk + rows, cast(gk_ + more, gk.dtype.element_ty))
+        store_transition(gtransition, mine, gtransition_)
         tl.debug_barrier()
-    tl.store(ggain + memory * D + tl.arange(0, D), ggain_)
+    if part == 0:
+        tl.store(ggain + memory * D + tl.arange(0, D), ggain_)
 
 
 @triton.jit
