@@ -18,6 +18,7 @@ from titans.memory.state import MemoryState
 
 BACKENDS = ("auto", "chunked", "triton", "reference")
 FORGET = ("zero", "start")
+UNPROVEN = "the kernels have differed from one run to the next on an H200, see docs/performance.md"
 
 
 class MemoryInfo(NamedTuple):
@@ -69,8 +70,8 @@ def neural_memory(
             written fades, what was learned in training does not. The state is then relative to M_0 (``M - M_0``), and
             the maps of ``weights`` are read in every call.
         backend: "chunked", in plain PyTorch; "triton", the same with fused kernels for whole chunks in a row (not where
-            ``return_info`` or a mask asks for chunk by chunk); "reference", token by token, for tests; "auto", "triton"
-            on a GPU where it can be taken (else a warning, once, says why not), and "chunked".
+            ``return_info`` or a mask asks for chunk by chunk); "reference", token by token, for tests; "auto",
+            "chunked", which on a GPU is not the fastest (a warning, once, says why it is taken).
         return_info: also return ``MemoryInfo``.
 
     Returns:
@@ -109,17 +110,15 @@ def neural_memory(
 
 def _fast_path(backend: str, q: Tensor, network: MemoryMLP, chunk_size: int) -> Callable:
     """What works through whole chunks in a row."""
-    if backend in ("chunked", "reference") or (backend == "auto" and not q.is_cuda):
+    if backend != "triton":
+        if backend == "auto" and q.is_cuda:
+            _warn_once(f"backend='auto' takes 'chunked', not 'triton': {UNPROVEN}")
         return scan
-    reason = unsupported(q, network, chunk_size)
-    if reason is None:
-        from titans.memory.kernels.scan import scan as fused
-
-        return fused
-    if backend == "triton":
+    if (reason := unsupported(q, network, chunk_size)) is not None:
         raise ValueError(f"backend='triton' cannot be taken: {reason}, or take backend='chunked'")
-    _warn_once(f"backend='auto' takes 'chunked', not 'triton': {reason}")
-    return scan
+    from titans.memory.kernels.scan import scan as fused
+
+    return fused
 
 
 @cache

@@ -16,8 +16,8 @@ from titans.memory.network import MemoryMLP
 
 Tensors = Sequence[Tensor]
 FIXED = 8  # inputs of every kernel, up to gain; base follows
-BLOCK = 32  # hidden units at a time, in float32 half as many: more spills registers
-RESIDENT = 1  # programs of a memory wait for one another: so many a multiprocessor runs at once, whatever their size
+BLOCK = 16  # hidden units at a time: more spills registers
+RESIDENT = 2  # programs of a memory wait for one another: so many a multiprocessor runs at once, whatever their size
 
 
 def scan(
@@ -118,8 +118,8 @@ def _launch(
     q, base, (D, HIDDEN) = inputs[0], inputs[FIXED:], held[0].shape[-2:]
     module, sizes, exchange = one_map, {"C": C, "D": D, "NORM": network.norm, "BASE": bool(base)}, []
     if network.depth == 2:
-        block = gcd(HIDDEN, BLOCK * 2 // q.element_size())
-        module, sizes = two_maps, sizes | {"HIDDEN": HIDDEN, "BLOCK": block, "ACT": network.activation, "PARTS": parts}
+        sizes |= {"HIDDEN": HIDDEN, "BLOCK": gcd(HIDDEN, BLOCK), "ACT": network.activation, "PARTS": parts}
+        module = two_maps
         memories = len(held[0]) // parts
         exchange = [
             held[0].new_empty(memories, 2, parts, C, D),
