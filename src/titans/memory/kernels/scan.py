@@ -30,18 +30,8 @@ def scan(
     by_head: Any = affine and [a.view(B, H, 1, D).transpose(1, 2) for a in affine]
     offset, gain = network.offset(k, v, by_head), affine[0] if affine else torch.ones_like(maps[0][:, 0, :1, :D])
     parts = parts_of(q, network)
-    out, *end = _Scan.apply(  # type: ignore[misc]
-        network,
-        chunk_size,
-        parts,
-        q,
-        k,
-        offset,
-        *masks,
-        gain,
-        *(_cut(b, parts) for b in base),
-        *(_cut(m, parts) for m in maps),
-    )
+    shares = [_cut(m, parts) for m in (*base, *maps)]
+    out, *end = _Scan.apply(network, chunk_size, parts, q, k, offset, *masks, gain, *shares)  # type: ignore[misc]
     return network.finish(q, out, by_head), [_join(m, parts) for m in end]
 
 
@@ -121,10 +111,8 @@ def _launch(
         sizes |= {"HIDDEN": HIDDEN, "BLOCK": gcd(HIDDEN, BLOCK), "ACT": network.activation, "PARTS": parts}
         module = two_maps
         memories = len(held[0]) // parts
-        exchange = [
-            held[0].new_empty(memories, 2, parts, C, D),
-            torch.zeros(memories, dtype=torch.int32, device=q.device),
-        ]
+        counter = torch.zeros(memories, dtype=torch.int32, device=q.device)
+        exchange = [held[0].new_empty(memories, 2, parts, C, D), counter]
     with torch.cuda.device_of(q), _without_wgmma():
         getattr(module, kernel)[(len(held[0]),)](
             *inputs[:FIXED], *(base or held[: network.depth]), *held, *others, *exchange, q.shape[2], q.shape[1] // C,
