@@ -141,8 +141,8 @@ SUITES: dict[str, list[dict[str, Any]]] = {
         {"task": "op", "subjects": ["titans", "titans-triton", "gated_delta_rule", "sdpa"],
          "lengths": [4096, 16384], "sizes": {"heads": 16}},
         {"task": "memory", "subjects": ["titans-pytorch", "titans", "sdpa", "matmul"], "lengths": [4096]},
-        {"task": "train", "subjects": ["llama", "mag", "mac"], "lengths": [4096, 32768],
-         "sizes": {**_WIDE, "reach": 512}},
+        {"task": "train", "subjects": ["llama", "mag", "mac"], "lengths": [4096], "sizes": {**_WIDE, "reach": 512}},
+        {"task": "train", "subjects": ["llama", "mag"], "lengths": [32768], "sizes": {**_WIDE, "reach": 512}},
         {"task": "decode", "subjects": ["mac", "mag", "llama"], "lengths": [4096], "sizes": {**_WIDE, "reach": 512}},
     ],
 }  # fmt: skip

@@ -16,7 +16,7 @@ STREAM_TOKENS, STREAM_PIECE, DECODE_TOKENS = 65_536, 4_096, 64
 def model(case: Case) -> Any:
     """A byte-level model, an experiment's or of the subject's kind at the case's sizes.
 
-    A baseline at the case's sizes gets as many parameters as a MAC.
+    Ours take the kernels on a GPU; a baseline at the case's sizes gets as many parameters as a MAC.
     """
     from titans.training.models import build_model
 
@@ -32,6 +32,8 @@ def model(case: Case) -> Any:
         net = build_model(case.sizes["model"], **ids)
     elif case.subject in VARIANTS:
         net = build_model(ours(case.subject), **ids)
+        for memory in _memories(net):
+            memory.backend = "triton" if case.device == "cuda" else "auto"
     else:
         wanted = build_model(ours("mac"), **ids).num_parameters()
         spec, grown, steps = {"type": case.subject, **sizes}, "intermediate_size", range(16, 8192, 16)
@@ -43,6 +45,10 @@ def model(case: Case) -> Any:
             spec |= {"linear_num_key_heads": heads, "linear_num_value_heads": heads}
         net = _nearest(lambda size: build_model(spec | {grown: size}, **ids), wanted, steps)
     return net.to(case.device)
+
+
+def _memories(net: Any) -> list[NeuralMemory]:
+    return [module for module in net.modules() if isinstance(module, NeuralMemory)]
 
 
 def _nearest(make: Callable[[int], Any], wanted: int, sizes: range) -> Any:
@@ -95,7 +101,7 @@ def forecast(case: Case) -> Subject:
     past, future = (
         torch.randn(sizes["batch"], rows, sizes["channels"], device=case.device) for rows in lengths.values()
     )
-    memories = [module for module in net.modules() if isinstance(module, NeuralMemory)]
+    memories = _memories(net)
 
     @torch.no_grad()
     def check() -> None:
