@@ -48,9 +48,7 @@ def _group(group: list[Case], rounds: int) -> list[dict[str, Any]]:
                 row["seconds"].append(got["seconds"])
                 row.setdefault("resident_bytes", []).append(got["resident_bytes"])
         for worker in workers:
-            with suppress(BrokenPipeError):
-                worker.stdin.close()
-            worker.wait()
+            worker.communicate()
     for row in rows:
         _summarise(row, rows)
     return rows

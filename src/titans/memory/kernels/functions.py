@@ -85,7 +85,7 @@ def total(x, exchange, counter, round, PARTS: tl.constexpr):
             pass
         tl.debug_barrier()
         x = tl.zeros([C, D], tl.float32)
-        for i in tl.static_range(PARTS):
+        for i in tl.static_range(PARTS):  # type: ignore[misc]
             x += tl.load(place + i * C * D, cache_modifier=".cg")  # not from the first-level cache
     return x
 
