@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed; pip install 'tita
 kernels = import_module("titans.memory.kernels.scan")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+waiting = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs one program after the other, and these wait")
 C = 16
 NETWORKS = {  # and hidden units at a time
     "depth1": (MemoryMLP(depth=1), 32),
@@ -71,16 +72,15 @@ def test_networks(name, forget, monkeypatch, launches):
     assert launches == ["forward", "backward"]
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs one program after the other, and these wait")
-@pytest.mark.parametrize("parts", [2])
+@waiting
 @pytest.mark.parametrize("name", ["expansion 4", "plain"])
-def test_programs_that_share_a_memory(name, parts, monkeypatch):
-    monkeypatch.setattr(kernels, "parts_of", lambda q, network: parts)
+def test_programs_that_share_a_memory(name, monkeypatch):
+    monkeypatch.setattr(kernels, "parts_of", lambda q, network: 2)
     case = small(NETWORKS[name][0], T=5 * C, forget="start")
     assert_near(case.tokens(C), case.tokens(0, C).run()[1].detach())
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs one program after the other, and these wait")
+@waiting
 def test_sharing_changes_bfloat16_by_its_rounding_alone(monkeypatch):
     """At the size of a model, 32 chunks."""
     case = make(MemoryMLP(expansion=4), B=2, T=2048, H=8, D=64, C=64, dtype=torch.float32, lr=0.01).to(DEVICE)

@@ -184,9 +184,9 @@ def in_pieces(
         inputs: [B, T, ...], or None for every piece.
         chunk_size: pieces are whole chunks.
     """
-    piece, length, outs = PIECE_CUDA if inputs[0].is_cuda else PIECE, inputs[0].shape[1], []  # type: ignore[union-attr]
-    size = max(1, piece // chunk_size) * chunk_size
-    if length <= piece * (1 + torch.is_grad_enabled()):
+    tokens, length, outs = PIECE_CUDA if inputs[0].is_cuda else PIECE, inputs[0].shape[1], []  # type: ignore[union-attr]
+    size = max(1, tokens // chunk_size) * chunk_size
+    if length <= tokens * (1 + torch.is_grad_enabled()):
         return step(*inputs, state)
     cut = [[None] * -(-length // size) if x is None else x.split(size, 1) for x in inputs]
     for piece in zip(*cut, strict=True):
