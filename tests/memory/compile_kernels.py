@@ -11,11 +11,11 @@ from titans.memory.kernels import scan
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", int: "i32", float: "fp32"}
 
 
-def compile_instead(kernel, *arguments, grid, warmup, num_warps, num_stages, **constants) -> None:
+def compile_instead(kernel, *arguments, grid, warmup, num_warps, num_stages, enable_fp_fusion, **constants) -> None:
     kinds = [x.dtype if isinstance(x, torch.Tensor) else type(x) for x in arguments]
     signature = dict(zip(kernel.arg_names, (TYPES[kind] for kind in kinds), strict=False))
     source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
     triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     print(kernel.__name__)
 

@@ -13,7 +13,9 @@ import torch
 from memory_cases import MASKS, assert_equal, gradients, make
 from tolerances import EQUAL, LOW_PRECISION, error
 
+import titans.memory.kernels
 from titans.memory import MemoryMLP, dispatch, pieces
+from titans.memory.kernels import unproven
 
 pytest.importorskip("triton", reason="triton is not installed; pip install 'titans[kernels]'")
 kernels = import_module("titans.memory.kernels.scan")
@@ -95,6 +97,17 @@ def test_sharing_changes_bfloat16_by_its_rounding_alone(monkeypatch):
                 if x.is_floating_point():
                     bound = LOW_PRECISION * error(middle[name].float(), x) + 1e-3
                     assert_equal(got[name].float(), x, bound, name)
+
+
+@waiting
+def test_a_hundred_runs_are_alike():
+    """Programs that wait for one another, at the size of a model: the same bits each time."""
+    case = make(MemoryMLP(expansion=4), B=2, T=2048, H=16, D=64, C=64, dtype=torch.float32, lr=0.01).to(DEVICE)
+    case = case.on(*(x.bfloat16() for x in case.inputs[:3]), *case.inputs[3:])
+    first = gradients(case, "triton", info=False)
+    for _ in range(100):
+        for got, expected in zip(gradients(case, "triton", info=False), first, strict=True):
+            assert all(torch.equal(got[name], x) for name, x in expected.items())
 
 
 @pytest.mark.parametrize("carried", [0, 5], ids=["from M_0", "open chunk"])
@@ -180,13 +193,23 @@ def test_cpu_without_the_interpreter(monkeypatch):
         small(MemoryMLP()).to("cpu").run("triton")
 
 
-def test_auto_on_a_gpu_is_chunked_and_says_why_once():
-    q = SimpleNamespace(is_cuda=True, device="cuda", dtype=torch.bfloat16, shape=(1, C, 1, 16))
-    dispatch._warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="backend='auto' takes 'chunked', not 'triton': the kernels have") as seen:
+ON_GPU = SimpleNamespace(is_cuda=True, device="cuda", dtype=torch.bfloat16, shape=(1, C, 1, 16))
+
+
+def test_auto_on_a_gpu_takes_the_kernels():
+    assert dispatch._fast_path("auto", ON_GPU, MemoryMLP(), C) is kernels.scan  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("triton, chunk, reason", [("3.6.0", C, "3.9 or newer, and 3.6.0 is"), ("3.9.0", 8, "chunk_si")])
+def test_auto_on_a_gpu_says_once_why_not(triton, chunk, reason, monkeypatch):
+    monkeypatch.setattr(titans.memory.kernels, "version", lambda name: triton)
+    for cached in (unproven, dispatch._warn_once):
+        cached.cache_clear()
+    with pytest.warns(UserWarning, match=f"backend='auto' takes 'chunked', not the faster kernels: .*{reason}") as seen:
         for _ in range(2):
-            assert dispatch._fast_path("auto", q, MemoryMLP(), C) is dispatch.scan  # type: ignore[arg-type]
+            assert dispatch._fast_path("auto", ON_GPU, MemoryMLP(), chunk) is dispatch.scan  # type: ignore[arg-type]
     assert len(seen) == 1
+    unproven.cache_clear()
 
 
 def test_auto_on_a_cpu_is_chunked(launches):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from titans.memory.chunked import chunked
-from titans.memory.kernels import unsupported
+from titans.memory.kernels import unproven, unsupported
 from titans.memory.network import MemoryMLP
 from titans.memory.pieces import align, check_mask, in_pieces, take
 from titans.memory.reference import reference
@@ -18,7 +18,6 @@ from titans.memory.state import MemoryState
 
 BACKENDS = ("auto", "chunked", "triton", "reference")
 FORGET = ("zero", "start")
-UNPROVEN = "the kernels have differed from one run to the next on an H200, see docs/performance.md"
 
 
 class MemoryInfo(NamedTuple):
@@ -71,7 +70,7 @@ def neural_memory(
             the maps of ``weights`` are read in every call.
         backend: "chunked", in plain PyTorch; "triton", the same with fused kernels for whole chunks in a row (not where
             ``return_info`` or a mask asks for chunk by chunk); "reference", token by token, for tests; "auto",
-            "chunked", which on a GPU is not the fastest (a warning, once, says why it is taken).
+            "triton" on a GPU where it can be (a warning, once, says why not), else "chunked".
         return_info: also return ``MemoryInfo``.
 
     Returns:
@@ -110,15 +109,17 @@ def neural_memory(
 
 def _fast_path(backend: str, q: Tensor, network: MemoryMLP, chunk_size: int) -> Callable:
     """What works through whole chunks in a row."""
-    if backend != "triton":
-        if backend == "auto" and q.is_cuda:
-            _warn_once(f"backend='auto' takes 'chunked', not 'triton': {UNPROVEN}")
-        return scan
-    if (reason := unsupported(q, network, chunk_size)) is not None:
-        raise ValueError(f"backend='triton' cannot be taken: {reason}, or take backend='chunked'")
-    from titans.memory.kernels.scan import scan as fused
+    if backend == "triton" or (backend == "auto" and q.is_cuda):
+        reason = unsupported(q, network, chunk_size)
+        if backend == "auto" and (reason := reason or unproven()):
+            _warn_once(f"backend='auto' takes 'chunked', not the faster kernels: {reason}")
+        elif reason:
+            raise ValueError(f"backend='triton' cannot be taken: {reason}, or take backend='chunked'")
+        else:
+            from titans.memory.kernels.scan import scan as fused
 
-    return fused
+            return fused
+    return scan
 
 
 @cache

@@ -1,6 +1,8 @@
 """Fused Triton kernels for whole chunks in a row; triton is imported with ``kernels.scan``, when they are taken."""
 
 import os
+from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from titans.memory.network import MemoryMLP
 
 CHUNK_SIZES = HEAD_DIMS = (16, 32, 64, 128)
+CHECKED = (3, 9)  # Triton, from here on: on a GPU, hundreds of runs were alike and right
 LARGEST_FLOAT32 = 8192  # chunk size times head dim: what the 227 KB of an H100 take
 
 
@@ -31,4 +34,13 @@ def unsupported(q: Tensor, network: MemoryMLP, chunk_size: int) -> str | None:
         return f"chunk_size={chunk_size}; use one of {CHUNK_SIZES}"
     if q.dtype == torch.float32 and chunk_size * head_dim > LARGEST_FLOAT32:
         return f"chunk_size={chunk_size} is too much for shared memory in float32; use bfloat16 or a smaller one"
+    return None
+
+
+@cache
+def unproven() -> str | None:
+    """Why ``backend="auto"`` leaves kernels alone that it could take, and the mend; None: it takes them."""
+    installed = version("triton")
+    if tuple(int(part) for part in installed.split(".")[:2]) < CHECKED:
+        return f"they are checked with Triton {'.'.join(map(str, CHECKED))} or newer, and {installed} is installed"
     return None

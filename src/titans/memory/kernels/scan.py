@@ -116,7 +116,8 @@ def _launch(
     with torch.cuda.device_of(q), _without_wgmma():
         getattr(module, kernel)[(len(held[0]),)](
             *inputs[:FIXED], *(base or held[: network.depth]), *held, *others, *exchange, q.shape[2], q.shape[1] // C,
-            held[0].shape[1], network.norm_eps, num_warps=4 if C <= 64 else 8, num_stages=1, **sizes,
+            held[0].shape[1], network.norm_eps, num_warps=4 if C <= 64 else 8, num_stages=1,
+            enable_fp_fusion=True, **sizes,
         )  # fmt: skip
 
 
