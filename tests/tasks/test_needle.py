@@ -269,8 +269,10 @@ def test_eval_of_the_command_line(values, tmp_path, capsys):
     command = ["eval", "needle", str(tmp_path / "run"), *options, "--max-new-tokens", "4", "--json", str(out)]
     assert main([*command, "--seed", "7"]) == 0
     assert "| niah_multikey_2 | 1,000 |" in capsys.readouterr().out
-    cells = json.loads(out.read_text())["cells"]
+    written = json.loads(out.read_text())
+    cells = written["cells"]
     assert [cell["length"] for cell in cells] == [900, 1000, 900, 1000]
+    assert written["command"] == " ".join(["titans", *command, "--seed", "7"]) and written["provenance"]["date"]
     assert out.with_suffix(".png").exists()
     examples = [cell["examples"] for cell in cells]
     assert main([*command, "--seed", "7"]) == 0

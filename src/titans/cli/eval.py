@@ -22,6 +22,7 @@ EXAMPLES = """examples:
 def main(arguments: list[str]) -> None:
     from titans.tasks import TASKS, get_task
 
+    command = " ".join(["titans", "eval", *arguments])
     if arguments[:1] == ["harness"]:
         from titans.cli.harness import main as harness
 
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> None:
         exit_on_error=False,
     )
     parser.add_argument("run", type=str, help="folder of a run, as `titans train` leaves it")
-    parser.add_argument("--json", type=str | None, default=None, help="file for the metrics; a picture beside it")
+    parser.add_argument("--json", type=str | None, default=None, help="file for the metrics, with what they come from; a picture beside it")
     for f in fields(task.data_class):
         text = f"{f.metadata['help']} (default: the run's own)"
         parser.add_argument(f"--data.{f.name}", type=f.type | None, default=None, help=text)  # type: ignore[operator]
@@ -58,6 +59,7 @@ def main(arguments: list[str]) -> None:
     from titans.training.config import load_yaml, parse_config
     from titans.training.files import write_atomically
     from titans.training.models import check_text_run, load_run
+    from titans.training.provenance import provenance
 
     model, tokenizer = load_run(options.run)
     config = load_yaml(Path(options.run) / "config.yaml")
@@ -70,5 +72,6 @@ def main(arguments: list[str]) -> None:
     print(task.report(metrics))
     if options.json:
         path = Path(options.json)
-        write_atomically(path, json.dumps(metrics, indent=1))
+        result = {"provenance": provenance(), "command": command, **metrics}
+        write_atomically(path, json.dumps(result, indent=1))
         task.plot({Path(options.run).name: metrics}, path.with_suffix(".png"))
