@@ -1,5 +1,8 @@
 """Each block against its equations written out with loops and dense masks (arXiv 2501.00663, eqs. 21-31)."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,9 +73,14 @@ def mal(block, x: Tensor, reach: int) -> Tensor:
 
 
 def remembered(block, x: Tensor) -> Tensor:
-    """M([P | x]) without its prefix (eqs. 26, 28, 29, 30)."""
-    prefix = x[:0] if block.persistent is None else block.persistent
-    return block.memory(torch.cat([prefix, x]).unsqueeze(0))[0][0, len(prefix) :]
+    """M([P | x]) without its prefix (eqs. 26, 28, 29, 30); the prefix is a chunk of its own."""
+    memory, x = block.memory, x.unsqueeze(0)
+    if block.persistent is None:
+        return memory(x)[0][0]
+    alone = copy.copy(memory)
+    alone.chunk_size = len(block.persistent)
+    end, start = alone(block.persistent.unsqueeze(0))[1], memory.initial_state(1)
+    return memory(x, replace(start, maps=end.maps, conv=end.conv))[0][0]
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -45,7 +45,8 @@ def main(arguments: list[str]) -> None:
         exit_on_error=False,
     )
     parser.add_argument("run", type=str, help="folder of a run, as `titans train` leaves it")
-    parser.add_argument("--json", type=str | None, default=None, help="file for the metrics, with what they come from; a picture beside it")
+    text = "file for the metrics and what they come from; a picture beside it"
+    parser.add_argument("--json", type=str | None, default=None, help=text)
     for f in fields(task.data_class):
         text = f"{f.metadata['help']} (default: the run's own)"
         parser.add_argument(f"--data.{f.name}", type=f.type | None, default=None, help=text)  # type: ignore[operator]

@@ -134,10 +134,13 @@ class NeuralMemory(nn.Module):
         return replace(state, conv=self.conv.initial_state(batch))
 
     def after(self, tokens: Tensor | None, batch: int) -> MemoryState:
-        """The state of ``batch`` sequences that begin with ``tokens`` [n, dim]; None for none."""
+        """The state of ``batch`` sequences that begin with ``tokens`` [n, dim], a chunk of their own; None for none."""
         if tokens is None:
             return self.initial_state(batch)
-        return self(tokens.unsqueeze(0))[1].repeat(batch)
+        x, start, n = tokens.unsqueeze(0), self.initial_state(1), len(tokens)
+        alone = replace(MemoryState.initial([w[0] for w in start.weights], 1, n), conv=start.conv)
+        _, end = self._write(self.qkv_proj(x), self._token_gates(x), None, alone, chunk_size=n)
+        return replace(start, maps=end.maps, conv=end.conv).repeat(batch)
 
     def forward(
         self, x: Tensor, state: MemoryState | None = None, mask: Tensor | None = None, return_info: bool = False
@@ -193,8 +196,12 @@ class NeuralMemory(nn.Module):
         mask: Tensor | None,
         state: MemoryState,
         seen: dict[str, Tensor] | None = None,
+        chunk_size: int | None = None,
     ) -> tuple[Tensor, MemoryState]:
-        """Writes and reads, rows left-aligned: [B, T, heads, head_dim]; fills ``seen`` if it is given."""
+        """Writes and reads, rows left-aligned: [B, T, heads, head_dim]; fills ``seen`` if it is given.
+
+        ``chunk_size``: another than the layer's, of any size.
+        """
         qkv, conv = self.conv(qkv, state.conv, None if mask is None else mask.sum(1))
         qkv = F.silu(qkv)
         q, k, v = self.by_head(qkv)
@@ -203,8 +210,9 @@ class NeuralMemory(nn.Module):
             v = v.masked_fill(~mask[..., None, None], 0)
         reads, state, *info = neural_memory(
             q, k, v, lr, log_momentum, log_retention, self.start(), network=self.network,
-            chunk_size=self.chunk_size, state=state, mask=mask, forget="start" if self.forget == "start" else "zero",
-            backend=self.backend, return_info=seen is not None,
+            chunk_size=chunk_size or self.chunk_size, state=state, mask=mask,
+            forget="start" if self.forget == "start" else "zero",
+            backend="chunked" if chunk_size else self.backend, return_info=seen is not None,
         )  # type: ignore[misc]  # fmt: skip
         if seen is not None:
             seen |= {"lr": lr, "momentum": log_momentum.exp(), "forget": -torch.expm1(log_retention)}
