@@ -196,8 +196,10 @@ def test_cpu_without_the_interpreter(monkeypatch):
 ON_GPU = SimpleNamespace(is_cuda=True, device="cuda", dtype=torch.bfloat16, shape=(1, C, 1, 16))
 
 
-def test_auto_on_a_gpu_takes_the_kernels():
+def test_auto_on_a_gpu_takes_the_kernels(monkeypatch):
     assert dispatch._fast_path("auto", ON_GPU, MemoryMLP(), C) is kernels.scan  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert dispatch._fast_path("auto", ON_GPU, MemoryMLP(), C) is dispatch.scan  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("triton, chunk, reason", [("3.6.0", C, "and 3.6.0 is"), ("3.9.0", 8, "chunk")])

@@ -70,7 +70,8 @@ def neural_memory(
             the maps of ``weights`` are read in every call.
         backend: "chunked", in plain PyTorch; "triton", the same with fused kernels for whole chunks in a row (not where
             ``return_info`` or a mask asks for chunk by chunk); "reference", token by token, for tests; "auto",
-            "triton" on a GPU where it can be (a warning, once, says why not), else "chunked".
+            "triton" on a GPU where it can be (a warning, once, says why not) and ``torch.compile`` is not at work, which
+            cannot look into kernels; else "chunked".
         return_info: also return ``MemoryInfo``.
 
     Returns:
@@ -109,7 +110,7 @@ def neural_memory(
 
 def _fast_path(backend: str, q: Tensor, network: MemoryMLP, chunk_size: int) -> Callable:
     """What works through whole chunks in a row."""
-    if backend == "triton" or (backend == "auto" and q.is_cuda):
+    if backend == "triton" or (backend == "auto" and q.is_cuda and not torch.compiler.is_compiling()):
         reason = unsupported(q, network, chunk_size)
         if backend == "auto" and (reason := reason or unproven()):
             _warn_once(f"backend='auto' takes 'chunked', not the faster kernels: {reason}")
