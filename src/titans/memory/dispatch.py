@@ -70,8 +70,8 @@ def neural_memory(
             the maps of ``weights`` are read in every call.
         backend: "chunked", in plain PyTorch; "triton", the same with fused kernels for whole chunks in a row (not where
             ``return_info`` or a mask asks for chunk by chunk); "reference", token by token, for tests; "auto",
-            "triton" on a GPU where it can be (a warning, once, says why not) and ``torch.compile``, which cannot look into
-            kernels, is not at work; else "chunked".
+            "triton" on a GPU where it can be (a warning, once, says why not) and ``torch.compile`` is not at work,
+            which cannot look into kernels; else "chunked".
         return_info: also return ``MemoryInfo``.
 
     Returns:
