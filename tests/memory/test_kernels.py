@@ -13,9 +13,7 @@ import torch
 from memory_cases import MASKS, assert_equal, gradients, make
 from tolerances import EQUAL, LOW_PRECISION, error
 
-import titans.memory.kernels
 from titans.memory import MemoryMLP, dispatch, pieces
-from titans.memory.kernels import unproven
 
 pytest.importorskip("triton", reason="triton is not installed; pip install 'titans[kernels]'")
 kernels = import_module("titans.memory.kernels.scan")
@@ -197,6 +195,7 @@ ON_GPU = SimpleNamespace(is_cuda=True, device="cuda", dtype=torch.bfloat16, shap
 
 
 def test_auto_on_a_gpu_takes_the_kernels(monkeypatch):
+    monkeypatch.setattr("triton.__version__", "3.10.0")
     assert dispatch._fast_path("auto", ON_GPU, MemoryMLP(), C) is kernels.scan  # type: ignore[arg-type]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert dispatch._fast_path("auto", ON_GPU, MemoryMLP(), C) is dispatch.scan  # type: ignore[arg-type]
@@ -204,14 +203,12 @@ def test_auto_on_a_gpu_takes_the_kernels(monkeypatch):
 
 @pytest.mark.parametrize("triton, chunk, reason", [("3.6.0", C, "and 3.6.0 is"), ("3.9.0", 8, "chunk")])
 def test_auto_on_a_gpu_says_once_why_not(triton, chunk, reason, monkeypatch):
-    monkeypatch.setattr(titans.memory.kernels, "version", lambda name: triton)
-    for cached in (unproven, dispatch._warn_once):
-        cached.cache_clear()
+    monkeypatch.setattr("triton.__version__", triton)
+    dispatch._warn_once.cache_clear()
     with pytest.warns(UserWarning, match=f"backend='auto' takes 'chunked', not the faster kernels: .*{reason}") as seen:
         for _ in range(2):
             assert dispatch._fast_path("auto", ON_GPU, MemoryMLP(), chunk) is dispatch.scan  # type: ignore[arg-type]
     assert len(seen) == 1
-    unproven.cache_clear()
 
 
 def test_auto_on_a_cpu_is_chunked(launches):

@@ -200,7 +200,7 @@ class NeuralMemory(nn.Module):
     ) -> tuple[Tensor, MemoryState]:
         """Writes and reads, rows left-aligned: [B, T, heads, head_dim]; fills ``seen`` if it is given.
 
-        ``chunk_size``: another than the layer's, of any size.
+        ``chunk_size``: another than the layer's, of any size, in plain PyTorch.
         """
         qkv, conv = self.conv(qkv, state.conv, None if mask is None else mask.sum(1))
         qkv = F.silu(qkv)

@@ -110,16 +110,17 @@ def neural_memory(
 
 def _fast_path(backend: str, q: Tensor, network: MemoryMLP, chunk_size: int) -> Callable:
     """What works through whole chunks in a row."""
-    if backend == "triton" or (backend == "auto" and q.is_cuda and not torch.compiler.is_compiling()):
-        reason = unsupported(q, network, chunk_size)
-        if backend == "auto" and (reason := reason or unproven()):
-            _warn_once(f"backend='auto' takes 'chunked', not the faster kernels: {reason}")
-        elif reason:
-            raise ValueError(f"backend='triton' cannot be taken: {reason}, or take backend='chunked'")
-        else:
-            from titans.memory.kernels.scan import scan as fused
+    asked = backend == "triton"
+    if not asked and (backend != "auto" or not q.is_cuda or torch.compiler.is_compiling()):
+        return scan
+    reason = unsupported(q, network, chunk_size) or (None if asked else unproven())
+    if reason is None:
+        from titans.memory.kernels.scan import scan as fused
 
-            return fused
+        return fused
+    if asked:
+        raise ValueError(f"backend='triton' cannot be taken: {reason}, or take backend='chunked'")
+    _warn_once(f"backend='auto' takes 'chunked', not the faster kernels: {reason}")
     return scan
 
 

@@ -1,8 +1,7 @@
 """Fused Triton kernels for whole chunks in a row; triton is imported with ``kernels.scan``, when they are taken."""
 
 import os
-from functools import cache
-from importlib.metadata import version
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -37,10 +36,9 @@ def unsupported(q: Tensor, network: MemoryMLP, chunk_size: int) -> str | None:
     return None
 
 
-@cache
 def unproven() -> str | None:
     """Why ``backend="auto"`` leaves kernels alone that it could take, and the mend; None: it takes them."""
-    installed = version("triton")
+    installed = import_module("triton").__version__  # its package may have another name
     if tuple(int(part) for part in installed.split(".")[:2]) < CHECKED:
         return f"they are checked with Triton {'.'.join(map(str, CHECKED))} or newer, and {installed} is installed"
     return None
