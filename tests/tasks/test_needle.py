@@ -247,6 +247,13 @@ def test_train_measure_and_resume(values, tmp_path, monkeypatch):
     assert all((a == b).all() for a, b in zip(*(m.parameters() for m in models), strict=True))
 
 
+def test_a_length_that_nothing_fits_is_told_of_before_training(values, tmp_path):
+    values["evaluation"]["lengths"] = [700, 300]
+    with pytest.raises(ValueError, match=r"niah_single_1: length=300 is not valid; use at least \d+"):
+        train(parse_config(TASK, values), TASK, progress=False)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_training_reads_the_items_in_their_order(values, tmp_path, monkeypatch):
     seen = []
     step = RunTrainer.training_step

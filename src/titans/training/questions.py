@@ -1,7 +1,7 @@
 """Questions at the end of long prompts: what the tasks that ask them share. No torch here."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -201,8 +201,11 @@ class QuestionTask:
     def load(self, config: TrainConfig) -> TaskData:
         from titans.training.tokens import tokenizer_of
 
-        data, training = config.data, config.training
+        data, training, evaluation = config.data, config.training, config.evaluation
         tokenizer = tokenizer_of(data)
+        # A length that no question fits is told of now, not when the model is trained and asked.
+        for *_, questions in self.questions(tokenizer, data, replace(evaluation, lengths=[min(evaluation.lengths)])):
+            next(questions)
         common: dict[str, Any] = {
             "tokenizer": tokenizer,
             "window": training.length,
