@@ -173,19 +173,19 @@ def compare(
         return _compare_variants(experiment, task, only, say)
     parameters = _equal_parameters(experiment, task)
     rounds = max(len(experiment.seeds_of(name)) for name in experiment.models)
+    results = None
     for index in range(rounds):
         for name in only or experiment.models:
             if index >= len(experiment.seeds_of(name)):
                 continue
-            for config in experiment.trials(task, name).values():
+            ran = [
                 _run(config, task, say, evaluate=experiment.tries_whole_runs, trial=True)
-            _run(experiment.final(task, name, experiment.seeds_of(name)[index]), task, say, evaluate=True)
-            results = _collect(experiment, task, parameters)
-            _write(experiment, results, table(results, task))
-            first = {name: entry["runs"][0]["metrics"] for name, entry in results["models"].items() if entry["runs"]}
-            task.plot(first, Path(experiment.output) / task.picture)
-            say(table(results, task))
-    return results
+                for config in experiment.trials(task, name).values()
+            ]
+            ran += [_run(experiment.final(task, name, experiment.seeds_of(name)[index]), task, say, evaluate=True)]
+            if any(ran):
+                results = _report(experiment, task, parameters, say)
+    return results or _report(experiment, task, parameters, say)
 
 
 def _compare_variants(
@@ -202,6 +202,19 @@ def _compare_variants(
     _write(experiment, results, text)
     plot_variants(results, task, Path(experiment.output) / f"{experiment.varied}.png")
     say(f"## {', '.join(variants)}\n{text}")
+    return results
+
+
+def _report(
+    experiment: Experiment, task: Task, parameters: dict[str, int], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Writes, draws and says what is done so far."""
+    results = _collect(experiment, task, parameters)
+    text = table(results, task)
+    _write(experiment, results, text)
+    first = {name: entry["runs"][0]["metrics"] for name, entry in results["models"].items() if entry["runs"]}
+    task.plot(first, Path(experiment.output) / task.picture)
+    say(text)
     return results
 
 
@@ -269,10 +282,10 @@ def _result(config: TrainConfig) -> dict[str, Any] | None:
     return json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
 
 
-def _run(config: TrainConfig, task: Task, say: Callable[[str], None], evaluate: bool, trial: bool = False) -> None:
-    """Does nothing if the run is done, resumes it if it was interrupted, else trains. A trial may diverge."""
+def _run(config: TrainConfig, task: Task, say: Callable[[str], None], evaluate: bool, trial: bool = False) -> bool:
+    """False, doing nothing, if the run is done; resumes it if it was interrupted, else trains. A trial may diverge."""
     if _result(config) is not None:
-        return
+        return False
     assert config.output is not None
     folder = Path(config.output)
     started = (folder / "config.yaml").exists()
@@ -285,6 +298,7 @@ def _run(config: TrainConfig, task: Task, say: Callable[[str], None], evaluate: 
         diverged = {"validation_loss": None, "diverged": str(error)}  # another rate is kept
         write_atomically(folder / "result.json", json.dumps(diverged, indent=1))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a finished run needs them no more
+    return True
 
 
 def _write(experiment: Experiment, results: dict[str, Any], text: str) -> None:
