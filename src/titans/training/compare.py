@@ -1,6 +1,7 @@
 """Several models under one budget: equal data, equal tokens, equal tuning, over seeds; resumable at any point."""
 
 import copy
+import functools
 import hashlib
 import json
 import shutil
@@ -111,8 +112,8 @@ class Experiment:
             "evaluation": self.evaluation,
             "training": self.training | training,
         }
-        config = parse_config(task, copy.deepcopy(values))
         defining = json.dumps({"task": self.task, **values}, sort_keys=True)
+        config = copy.deepcopy(_parsed(task, defining))
         digest = hashlib.sha256(defining.encode()).hexdigest()[:10]
         config.output = str(Path(self.output) / "runs" / f"{name}-{kind}-{digest}")
         return config
@@ -273,6 +274,13 @@ def _equal_parameters(experiment: Experiment, task: Task) -> dict[str, int]:
             f"{largest / smallest - 1:.1%} ({listed}); change their sizes or the tolerance"
         )
     return counts
+
+
+@functools.cache
+def _parsed(task: Task, defining: str) -> TrainConfig:
+    """A run's configuration, checked; a comparison asks for each many times."""
+    values = json.loads(defining)
+    return parse_config(task, {part: values[part] for part in values if part != "task"})
 
 
 def _result(config: TrainConfig) -> dict[str, Any] | None:
