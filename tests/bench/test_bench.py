@@ -207,7 +207,7 @@ def test_forecasters_of_an_experiment(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
-    [("task: language", "task: recall", "task='recall'.* the task language or forecasting"),
+    [("task: language", "task: mqar", "task='mqar'.* the task language or forecasting"),
      ("task: language", "task: language\ndata: {tokenizer: gpt2}", "data.tokenizer='gpt2'"),
      ("  deep:", "  wide:", "subjects='deep' is unknown; use one of flat, wide, llama"),
      ("[16, 24]", "[1, 24]", "training.length=1")],

@@ -1,4 +1,4 @@
-"""Recall of many pairs: MQAR of "Zoology" (Arora et al. 2024, arXiv 2312.04927), on token ids, without a tokenizer.
+"""MQAR, the recall of many pairs, of "Zoology" (Arora et al. 2024, arXiv 2312.04927): token ids, no tokenizer.
 
 A sequence lists pairs of a key and a value; later the keys come again, and at each the model must name its value, which
 is not shown. All else is the filler 0.
@@ -47,7 +47,7 @@ SETUPS: dict[str, tuple[list[Sizes], list[Sizes]]] = {
 
 
 @dataclass
-class RecallData:
+class MQARData:
     """Which sequences are trained and tested."""
 
     setup: str = option(
@@ -62,7 +62,7 @@ class RecallData:
 
 
 @dataclass
-class RecallEvaluation:
+class MQAREvaluation:
     """What is measured: the set-up's test sequences."""
 
     sequences: int | None = option(None, "test sequences of each size; by default the set-up's own 3,000 or 1,000")
@@ -115,13 +115,13 @@ def sequences(sizes: Sequence[Sizes], window: int, split: str, seed: int, random
     return TaggedSequences(draw, int(ends[-1]), window, FILLER, split=split, seed=seed)
 
 
-class Recall:
+class MQAR:
     """MQAR; see `titans.training.task.Task` for the methods."""
 
-    name = "recall"
-    data_class = RecallData
-    evaluation_class = RecallEvaluation
-    picture = "recall.png"
+    name = "mqar"
+    data_class = MQARData
+    evaluation_class = MQAREvaluation
+    picture = "mqar.png"
     higher_is_better = True
     bimodal = False
 
@@ -150,7 +150,7 @@ class Recall:
         return build_model(config.model, **ids, seed=config.training.seed)
 
     def evaluate(
-        self, model: "PreTrainedModel", tokenizer: None, data: RecallData, evaluation: RecallEvaluation
+        self, model: "PreTrainedModel", tokenizer: None, data: MQARData, evaluation: MQAREvaluation
     ) -> dict[str, Any]:
         known = model.config.vocab_size
         require(known >= VOCABULARY, "model.vocab_size", known, f"a model of {VOCABULARY} ids, trained on this task")
@@ -187,7 +187,7 @@ class Recall:
         figure.savefig(path, dpi=120)
 
 
-task = Recall()
+task = MQAR()
 
 
 def _accuracy(model: "PreTrainedModel", drawn: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:

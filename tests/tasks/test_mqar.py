@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from titans.cli import main
-from titans.tasks import get_task, recall
-from titans.tasks.recall import SETUPS, Sizes, mqar, sequences
+from titans.tasks import get_task
+from titans.tasks import mqar as module
+from titans.tasks.mqar import SETUPS, Sizes, mqar, sequences
 from titans.training.config import parse_config
 from titans.training.models import build_model, load_run
 from titans.training.run import train
 
-TASK = get_task("recall")
+TASK = get_task("mqar")
 MODEL = {"variant": "lmm", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_memory_heads": 1,
          "memory_expansion": 1, "chunk_size": 16}  # fmt: skip
 
@@ -90,12 +91,12 @@ def test_items_are_made_of_their_index_and_filled_up():
 def test_the_loss_is_at_the_query():
     """A model that is sure of the value at every query, and only there, has no loss."""
     model = build_model({"type": "llama", "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16},
-                        vocab_size=recall.VOCABULARY, eos_token_id=0, pad_token_id=0)  # fmt: skip
+                        vocab_size=module.VOCABULARY, eos_token_id=0, pad_token_id=0)  # fmt: skip
     data = sequences([Sizes(64, 4, 1)], 64, "train", 0, False)
     item = {name: torch.from_numpy(part)[None] for name, part in data[0].items()}
     targets = torch.from_numpy(data.sequence(0)[1])
-    logits = 50.0 * torch.nn.functional.one_hot(targets.clamp(min=0), recall.VOCABULARY)
-    loss = model.loss_function(logits=logits[None], labels=item["labels"], vocab_size=recall.VOCABULARY)
+    logits = 50.0 * torch.nn.functional.one_hot(targets.clamp(min=0), module.VOCABULARY)
+    loss = model.loss_function(logits=logits[None], labels=item["labels"], vocab_size=module.VOCABULARY)
     assert loss < 1e-6
 
 
@@ -124,7 +125,7 @@ def test_accuracy_counts_queries_alone():
             return type("Output", (), {"logits": logits, "cache": None})
 
     drawn = [mqar(np.random.default_rng(seed), 32, 4, vocabulary=64) for seed in range(3)]
-    assert recall._accuracy(Oracle(), drawn) == 50.0
+    assert module._accuracy(Oracle(), drawn) == 50.0
 
 
 def test_train_and_eval(tmp_path, capsys):
@@ -139,13 +140,13 @@ def test_train_and_eval(tmp_path, capsys):
     assert result["metrics"]["cells"][0] | {"accuracy": 0} == {
         "length": 64, "pairs": 4, "sequences": 6, "accuracy": 0}  # fmt: skip
     assert list(TASK.summary(result["metrics"])) == ["accuracy (%)", "64 x 4"]
-    assert (tmp_path / "run" / "recall.png").exists()
+    assert (tmp_path / "run" / "mqar.png").exists()
     model, tokenizer = load_run(values["output"])
     assert tokenizer is None
     assert model.config.vocab_size == 8192
     out = tmp_path / "out.json"
     options = ["--data.setup", "based", "--sequences", "2", "--json", str(out)]
-    assert main(["eval", "recall", values["output"], *options]) == 0
+    assert main(["eval", "mqar", values["output"], *options]) == 0
     assert "| 1024 | 256 | 2 |" in capsys.readouterr().out
     assert len(json.loads(out.read_text())["cells"]) == 7
     assert out.with_suffix(".png").exists()
