@@ -58,6 +58,7 @@ class NeuralMemory(nn.Module):
             before it: which number is to be kept shows in the words that lead to it.
         max_lr: largest theta; default 0.1, 0.005 at depth 4 (the outer gradient overflows at 0.02 and 8,192 tokens),
             and 0.1 / ``chunk_size`` for a network without norm, where nothing tames the sum of a chunk's gradients.
+            Training on windows of thousands of tokens wants at most 1 / ``chunk_size`` (docs/decisions.md).
         forget: where forgetting leads: "start", to M_0, so that what was written fades and what was learned in training
             stays; "zero", the paper's; "none": nothing is forgotten.
         momentum: whether surprise carries on from token to token; False: eta is 0, plain gradient descent.
