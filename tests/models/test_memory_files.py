@@ -147,7 +147,7 @@ def test_the_model_may_be_saved_and_loaded(variant, tmp_path):
     [
         ({"num_hidden_layers": 1}, "num_hidden_layers=2, not 1"),
         ({"chunk_size": 4}, "chunk_size=3, not 4"),
-        ({"sliding_window": 9, "memory_max_lr": 0.02}, "memory_max_lr=None, not 0.02"),
+        ({"sliding_window": 9, "memory_max_lr": 0.02}, "memory_max_lr=0.1, not 0.02"),
     ],
 )
 def test_another_configuration_is_refused(change, field, tmp_path):

@@ -67,6 +67,13 @@ def test_defaults_follow_other_values():
     assert config("mac", initializer_range=0.5).initializer_range == 0.5
 
 
+def test_the_trained_theta_stays_where_the_chunk_changes(tmp_path):
+    made = config("mac", chunk_size=64, memory_depth=2)
+    assert made.memory_max_lr == 1 / 64
+    made.save_pretrained(tmp_path)
+    assert TitansConfig.from_pretrained(tmp_path, chunk_size=16).memory_max_lr == 1 / 64
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_round_trip_through_json(variant, tmp_path):
     made = config(variant, memory_depth=3, memory_gate="write")

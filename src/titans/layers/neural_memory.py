@@ -12,7 +12,18 @@ from titans.memory.pieces import align, check_mask, in_pieces, take
 
 GATES = ("sigmoid", "write")
 FORGET = ("start", "zero", "none")
+STABLE_SHARES = (1, 1, 0.5, 0.125)  # depth 1 to 4
 NEVER = -1e3  # the logarithm of a gate that is shut: its exponential is 0 in any precision
+
+
+def stable_lr(network: MemoryMLP, chunk_size: int) -> float:
+    """A largest theta whose outer gradient stays small in windows of thousands of tokens (docs/decisions.md).
+
+    A chunk's gradients are taken at the same memory, so where its keys are alike their steps add up: a share of 1 /
+    ``chunk_size`` that falls with the depth, a tenth without the norm, which tames the sum; never above 0.1.
+    """
+    share = STABLE_SHARES[network.depth - 1] if network.norm else 0.1
+    return min(0.1, share / chunk_size)
 
 
 class GateProjection(nn.Linear):
@@ -56,9 +67,8 @@ class NeuralMemory(nn.Module):
             ``"write"``: one gate g in [0, 1] that reaches 0 and 1 exactly; theta = max_lr g, alpha = sigmoid(.) g, so
             that where nothing is written nothing is forgotten. It sees what the convolution gives, the token and those
             before it: which number is to be kept shows in the words that lead to it.
-        max_lr: largest theta; default 0.1, 0.005 at depth 4 (the outer gradient overflows at 0.02 and 8,192 tokens),
-            and 0.1 / ``chunk_size`` for a network without norm, where nothing tames the sum of a chunk's gradients.
-            Training on windows of thousands of tokens wants at most 1 / ``chunk_size`` (docs/decisions.md).
+        max_lr: largest theta; default ``stable_lr(network, chunk_size)``. To keep a fact that is read once wants more
+            (0.3 in ``checkpoints/needle``, trained on short windows with the gate ``"write"``).
         forget: where forgetting leads: "start", to M_0, so that what was written fades and what was learned in training
             stays; "zero", the paper's; "none": nothing is forgotten.
         momentum: whether surprise carries on from token to token; False: eta is 0, plain gradient descent.
@@ -94,7 +104,7 @@ class NeuralMemory(nn.Module):
             raise ValueError(f"key_heads={key_heads} must divide heads={heads}")
         self.chunk_size, self.network, self.backend = chunk_size, network or MemoryMLP(), backend
         self.gate, self.forget, self.momentum = gate, forget, momentum
-        self.max_lr = self._stable_lr() if max_lr is None else max_lr
+        self.max_lr = stable_lr(self.network, chunk_size) if max_lr is None else max_lr
         inner, keys = heads * self.head_dim, self.key_heads * self.head_dim
         self.qkv_proj = nn.Linear(dim, 2 * keys + inner, bias=False)
         self.conv = ShortConvolution(2 * keys + inner, conv_size)
@@ -109,11 +119,6 @@ class NeuralMemory(nn.Module):
         self.out_norm = nn.LayerNorm(self.head_dim, eps=1e-6, bias=False)
         self.out_gate = nn.Linear(dim, inner, bias=False)
         self.out_proj = nn.Linear(inner, dim, bias=False)
-
-    def _stable_lr(self) -> float:
-        if not self.network.norm:
-            return 0.1 / self.chunk_size
-        return 0.1 if self.network.depth < 4 else 0.005
 
     def start(self) -> tuple[Tensor, ...]:
         """M_0: the linear maps [heads, d_in, d_out], then gain and bias [heads, head_dim] if there is a norm."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from titans.layers.neural_memory import FORGET, GATES
+from titans.layers.neural_memory import FORGET, GATES, stable_lr
 from titans.memory import MemoryMLP
 
 VARIANTS = ("mac", "mag", "mal", "lmm")
@@ -37,7 +37,8 @@ class TitansConfig(PreTrainedConfig):
         memory_gate: ``"sigmoid"`` or ``"write"``, see ``titans.NeuralMemory``.
         memory_write_price: in training this much times the mean write gate of all tokens, heads and layers is added to
             the loss, so that what need not be written is not. 0.1 is a start; needs ``memory_gate="write"``.
-        memory_max_lr: largest inner step size theta; default as in ``titans.NeuralMemory``.
+        memory_max_lr: largest inner step size theta; default as in ``titans.NeuralMemory``. Loaded with another
+            ``chunk_size``, a model keeps the theta it was trained with.
         memory_forget: ``"start"``, ``"zero"`` or ``"none"``, see ``titans.NeuralMemory``.
         memory_momentum: whether surprise carries on from token to token.
         memory_conv_size: length of the causal convolution over queries, keys and values; 1 for none.
@@ -104,6 +105,8 @@ class TitansConfig(PreTrainedConfig):
             self.initializer_range = linear_start(self.hidden_size)
         if self.memory_head_dim is None:
             self.memory_head_dim = self.hidden_size // self.num_memory_heads
+        if self.memory_max_lr is None:
+            self.memory_max_lr = stable_lr(self.memory_network, self.chunk_size)
         super().__post_init__(**kwargs)
 
     @property

@@ -31,6 +31,7 @@ def small_model(look_back: int = 96) -> dict[str, Any]:
         "num_memory_heads": 2,
         "memory_expansion": 1,
         "chunk_size": 16,
+        "memory_max_lr": 0.1,
         "dropout": 0.2,
         "patch_length": patch,
         "patch_stride": max(1, patch // 2),
