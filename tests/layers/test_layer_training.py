@@ -47,7 +47,7 @@ def test_gradients_stay_small_where_a_long_text_repeats(depth, chunk_size):
         (MemoryMLP(), 4, 0.1),
         (MemoryMLP(1), 64, 1 / 64),
         (MemoryMLP(2), 64, 1 / 64),
-        (MemoryMLP(3), 64, 1 / 128),
+        (MemoryMLP(3), 64, 1 / 256),
         (MemoryMLP(4), 16, 1 / 128),
         (MemoryMLP(norm=False), 4, 0.025),
     ],

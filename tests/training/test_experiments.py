@@ -47,7 +47,7 @@ def test_the_depths_see_equal_tokens_and_are_measured_at_their_length():
     for models in panels.values():
         assert [model.pop("memory_depth") for model in models] == [1, 2, 3, 4]
         assert [model.pop("name")[-1] for model in models] == ["1", "2", "3", "4"]
-        assert [model.pop("memory_max_lr") for model in models] == [0.03, 0.03, 0.03, 0.005]  # what each holds
+        assert [model.pop("memory_max_lr") for model in models] == [0.03, 0.03, 0.008, 0.005]  # what each holds
         assert all(model == models[0] for model in models)
 
 

@@ -12,7 +12,7 @@ from titans.memory.pieces import align, check_mask, in_pieces, take
 
 GATES = ("sigmoid", "write")
 FORGET = ("start", "zero", "none")
-STABLE_SHARES = (1, 1, 0.5, 0.125)  # depth 1 to 4
+STABLE_SHARES = (1, 1, 0.25, 0.125)  # depth 1 to 4
 NEVER = -1e3  # the logarithm of a gate that is shut: its exponential is 0 in any precision
 
 
