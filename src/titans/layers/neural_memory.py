@@ -67,8 +67,9 @@ class NeuralMemory(nn.Module):
             ``"write"``: one gate g in [0, 1] that reaches 0 and 1 exactly; theta = max_lr g, alpha = sigmoid(.) g, so
             that where nothing is written nothing is forgotten. It sees what the convolution gives, the token and those
             before it: which number is to be kept shows in the words that lead to it.
-        max_lr: largest theta; default ``stable_lr(network, chunk_size)``. To keep a fact that is read once wants more
-            (0.3 in ``checkpoints/needle``, trained on short windows with the gate ``"write"``).
+        max_lr: largest theta; default ``stable_lr(network, chunk_size)``, which holds in long windows. Windows of
+            hundreds of tokens take 0.1 and learn a little better with it; to keep a fact that is read once takes more
+            (0.3 in ``checkpoints/needle``, with the gate ``"write"``).
         forget: where forgetting leads: "start", to M_0, so that what was written fades and what was learned in training
             stays; "zero", the paper's; "none": nothing is forgotten.
         momentum: whether surprise carries on from token to token; False: eta is 0, plain gradient descent.

@@ -83,6 +83,7 @@ class Language:
                 "memory_depth": 2,
                 "memory_expansion": 2,
                 "chunk_size": 64,
+                "memory_max_lr": 0.1,
                 "segment_length": 64,
                 "num_persistent_tokens": 4,
             },
