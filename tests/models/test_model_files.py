@@ -30,7 +30,7 @@ def test_round_trip(variant, tied, tmp_path):
 
 @variants
 def test_body_alone(variant, tmp_path):
-    model = build(variant).double()  # in float32 where a file's tensors lie in memory shows in the last bits, 1e-5 here
+    model = build(variant).double()  # in float32 the alignment of a file's tensors shows: 1e-5 of rounding
     model.save_pretrained(tmp_path)
     body = AutoModel.from_pretrained(tmp_path)
     assert type(body) is TitansModel
