@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from titans.training.models import MODEL_TYPES, build_model, has_constant_state, read_on
+from titans.training.trainer import RunTrainer
 
 BASELINES = [kind for kind in MODEL_TYPES if kind != "titans"]
 IDS = {"vocab_size": 258, "eos_token_id": 256, "pad_token_id": 257}
@@ -46,6 +48,36 @@ def test_causal_and_streamed_equals_whole(kind):
             logits, cache = read_on(model, piece, cache)
             pieces.append(logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_logits_of_labelled_tokens_alone_give_the_same_gradients(kind, tmp_path):
+    assert_logits_of_labelled_tokens_alone(small(kind), tmp_path)
+
+
+def test_titans_logits_of_labelled_tokens_alone_give_the_same_gradients(tmp_path):
+    spec = {"variant": "mag", "hidden_size": 32, "num_hidden_layers": 1, "num_memory_heads": 1,
+            "num_attention_heads": 2, "memory_gate": "write", "memory_write_price": 0.1}  # fmt: skip
+    assert_logits_of_labelled_tokens_alone(build_model(spec, **IDS), tmp_path)
+
+
+def assert_logits_of_labelled_tokens_alone(model, folder):
+    """The Trainer's loss and gradients are the model's own; its output map sees nothing that is not labelled."""
+    rows, draw = [], torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 256, (3, 40), generator=draw)
+    labels = ids.where(torch.rand(ids.shape, generator=draw) < 0.2, -100)
+    wanted = model.train()(input_ids=ids, labels=labels).loss
+    wanted.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    trainer = RunTrainer(model=model, args=TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none"))
+    watch = model.get_output_embeddings().register_forward_hook(lambda _, args, out: rows.append(out.shape[:2]))
+    loss = trainer.compute_loss(model, {"input_ids": ids, "labels": labels})
+    watch.remove()
+    loss.backward()
+    assert rows == [(1, (labels[:, 1:] != -100).sum())]
+    torch.testing.assert_close(loss, wanted)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_one_step_lowers_the_loss_and_every_parameter_has_a_gradient(kind):

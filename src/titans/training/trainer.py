@@ -28,13 +28,14 @@ _NO_DECAY = re.compile(r"(^|\.)(gates_proj|bias|\w*norm\w*|persistent\w*|conv|sk
 
 
 class RunTrainer(Trainer):
-    """The Trainer with six differences.
+    """The Trainer with seven differences.
 
     All of the validation data counts, what fills no batch included. Checkpoints are whole or not there. A step whose
     loss or gradient is not finite never reaches the weights: it stops the run and leaves what reproduces it, or is
-    skipped. Gates and norms do not decay. Where a batch says which of its rows begin a document or a series
-    (``titans.training.carried``), the others go on with the memory of the batch before, in validation as well. Under
-    FSDP2, too, bfloat16 is autocast's, and whatever is written for others to read holds all of the weights.
+    skipped. Gates and norms do not decay. Logits are worked out where a label is, and nowhere else. Where a batch says
+    which of its rows begin a document or a series (``titans.training.carried``), the others go on with the memory of
+    the batch before, in validation as well. Under FSDP2, too, bfloat16 is autocast's, and whatever is written for
+    others to read holds all of the weights.
 
     Args:
         skip_nonfinite: skip steps that are not finite instead of stopping.
@@ -68,15 +69,30 @@ class RunTrainer(Trainer):
         finally:
             self.args.dataloader_drop_last = training
 
-    # The memory carried from batch to batch
-
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if "begins" not in inputs:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        cache = TitansCache(len(self._titans().model.layers)) if self.carried is None else self.carried
-        loss = super().compute_loss(model, {**inputs, "cache": cache}, *args, **kwargs)
-        self.carried = cache.detach_()  # gradients stop at a window's start
-        return loss
+        with self._labelled_logits(inputs) as inputs:
+            if "begins" not in inputs:
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            cache = TitansCache(len(self._titans().model.layers)) if self.carried is None else self.carried
+            loss = super().compute_loss(model, {**inputs, "cache": cache}, *args, **kwargs)
+            self.carried = cache.detach_()  # gradients stop at a window's start
+            return loss
+
+    @contextmanager
+    def _labelled_logits(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The inputs, such that a causal language model works out logits [1, N, vocab_size] for their N labels."""
+        head = self._titans().get_output_embeddings()
+        labelled = None if head is None else inputs["labels"][:, 1:] != -100  # a token's logits are for the next label
+        if labelled is None or labelled.all():
+            yield inputs
+            return
+        handle = head.register_forward_pre_hook(lambda _, args: (args[0][:, :-1][labelled][None],))
+        try:
+            yield {**inputs, "shift_labels": inputs["labels"][:, 1:][labelled][None]}
+        finally:
+            handle.remove()
+
+    # The memory carried from batch to batch
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         training, self.carried = self.carried, None
