@@ -149,7 +149,7 @@ class Background:
         fruitless = 0
         while tokens > 0:
             book = self.books[rng.integers(len(self.books))]
-            text = book[int(rng.integers(len(book))) :][: 10 * tokens + 1000]
+            text = book[int(rng.integers(len(book))) :][: 5 * tokens + 500]
             before = len(found)
             for start, end in sentence_spans(text)[1:-1]:
                 ids = self.encode(f" {text[start:end]}")

@@ -13,6 +13,7 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO
@@ -381,4 +382,10 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
         from nltk.tokenize.punkt import PunktSentenceTokenizer  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("cutting text into sentences needs `nltk`: pip install 'titans[questions]'") from error
-    return list(PunktSentenceTokenizer().span_tokenize(text))
+    return list(_made(PunktSentenceTokenizer).span_tokenize(text))
+
+
+@cache
+def _made(tokenizer: Callable[[], Any]) -> Any:
+    """Made once: that takes as long as to cut a page."""
+    return tokenizer()
