@@ -73,16 +73,17 @@ def test_bad_sizes_name_the_mend():
 
 def test_items_are_made_of_their_index_and_filled_up():
     sizes = [Sizes(8, 2, 3), Sizes(16, 4, 2)]
-    data = sequences(sizes, 16, "train", 5, False)
+    options = module.MQARData()
+    data = sequences(options, sizes, 16, "train", 5)
     assert len(data) == 5
     assert [int((data[i]["labels"] != -100).sum()) for i in range(5)] == [2, 2, 2, 4, 4]
     inputs, targets = data.sequence(1)
     item = data[1]
     assert item["input_ids"].tolist() == [*inputs, *[0] * 8]
     assert item["labels"].tolist() == [-100, *targets[:-1], *[-100] * 8]
-    again = sequences(sizes, 16, "train", 5, False)
+    again = sequences(options, sizes, 16, "train", 5)
     assert (again[4]["input_ids"] == data[4]["input_ids"]).all()
-    for other in (sequences(sizes, 16, "train", 6, False), sequences(sizes, 16, "test", 5, False)):
+    for other in (sequences(options, sizes, 16, "train", 6), sequences(options, sizes, 16, "test", 5)):
         assert (other[4]["input_ids"] != data[4]["input_ids"]).any()
     with pytest.raises(IndexError):
         data[5]
@@ -92,7 +93,7 @@ def test_the_loss_is_at_the_query():
     """A model that is sure of the value at every query, and only there, has no loss."""
     model = build_model({"type": "llama", "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16},
                         vocab_size=module.VOCABULARY, eos_token_id=0, pad_token_id=0)  # fmt: skip
-    data = sequences([Sizes(64, 4, 1)], 64, "train", 0, False)
+    data = sequences(module.MQARData(), [Sizes(64, 4, 1)], 64, "train", 0)
     item = {name: torch.from_numpy(part)[None] for name, part in data[0].items()}
     targets = torch.from_numpy(data.sequence(0)[1])
     logits = 50.0 * torch.nn.functional.one_hot(targets.clamp(min=0), module.VOCABULARY)
@@ -133,7 +134,7 @@ def test_train_and_eval(tmp_path, capsys):
         "output": str(tmp_path / "run"),
         "model": MODEL,
         "training": {"length": 64, "batch_size": 4, "tokens": 512, "eval_every": 1},
-        "data": {"validation_sequences": 4},
+        "data": {"validation_sequences": 4, "vocabulary": 600},
         "evaluation": {"sequences": 6},
     }
     result = train(parse_config(TASK, values), TASK, progress=False)
@@ -143,7 +144,7 @@ def test_train_and_eval(tmp_path, capsys):
     assert (tmp_path / "run" / "mqar.png").exists()
     model, tokenizer = load_run(values["output"])
     assert tokenizer is None
-    assert model.config.vocab_size == 8192
+    assert model.config.vocab_size == 600
     out = tmp_path / "out.json"
     options = ["--data.setup", "based", "--sequences", "2", "--json", str(out)]
     assert main(["eval", "mqar", values["output"], *options]) == 0
@@ -159,6 +160,8 @@ def test_train_and_eval(tmp_path, capsys):
 def test_bad_options_name_the_mend():
     with pytest.raises(ValueError, match=r"data\.setup='basde' is not valid; use 'based'"):
         parse_config(TASK, {"data": {"setup": "basde"}})
+    with pytest.raises(ValueError, match=r"data\.vocabulary=512 is not valid; use at least 514: .*'based'"):
+        parse_config(TASK, {"data": {"setup": "based", "vocabulary": 512}})
     with pytest.raises(ValueError, match=r"evaluation\.sequences=0"):
         parse_config(TASK, {"evaluation": {"sequences": 0}})
     with pytest.raises(
@@ -166,5 +169,5 @@ def test_bad_options_name_the_mend():
     ):
         TASK.load(parse_config(TASK, {"data": {"setup": "based"}}))
     small = build_model({**MODEL, "type": "titans"}, vocab_size=258, eos_token_id=256, pad_token_id=257)
-    with pytest.raises(ValueError, match=r"model\.vocab_size=258 is not valid; use a model of 8192 ids"):
+    with pytest.raises(ValueError, match=r"model\.vocab_size=258 is not valid; use a model of the 8192 ids"):
         TASK.evaluate(small, None, TASK.data_class(), TASK.evaluation_class())

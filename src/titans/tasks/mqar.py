@@ -53,11 +53,15 @@ class MQARData:
     setup: str = option(
         "64x4", f"tokens x pairs of Zoology's figure 2, or its successor's mixture: {', '.join(SETUPS)}"
     )
+    vocabulary: int = option(VOCABULARY, "token ids: 0 fills, one half names keys, the other values")
     random_non_queries: bool = option(False, "fill with random ids instead of 0")
     validation_sequences: int = option(256, "sequences of the validation loss")
 
     def __post_init__(self):
         require(self.setup in SETUPS, "data.setup", self.setup, nearest(self.setup, SETUPS))
+        least = 2 * max(size.pairs for part in SETUPS[self.setup] for size in part) + 2
+        mend = f"at least {least}: twice the most pairs of data.setup={self.setup!r}, and two"
+        require(self.vocabulary >= least, "data.vocabulary", self.vocabulary, mend)
         require(self.validation_sequences > 0, "data.validation_sequences", self.validation_sequences, "at least 1")
 
 
@@ -101,7 +105,7 @@ def mqar(
     return inputs, targets
 
 
-def sequences(sizes: Sequence[Sizes], window: int, split: str, seed: int, random_non_queries: bool) -> TaggedSequences:
+def sequences(data: MQARData, sizes: Sequence[Sizes], window: int, split: str, seed: int) -> TaggedSequences:
     """Sequences of several sizes, one size after the other, filled up with the filler.
 
     The last token's label is dropped: it is never a query, being second in its place.
@@ -110,7 +114,8 @@ def sequences(sizes: Sequence[Sizes], window: int, split: str, seed: int, random
 
     def draw(rng: np.random.Generator, index: int) -> tuple[np.ndarray, np.ndarray]:
         size = sizes[int(np.searchsorted(ends, index, "right"))]
-        return mqar(rng, size.length, size.pairs, random_non_queries=random_non_queries)
+        filled = data.random_non_queries
+        return mqar(rng, size.length, size.pairs, vocabulary=data.vocabulary, random_non_queries=filled)
 
     return TaggedSequences(draw, int(ends[-1]), window, FILLER, split=split, seed=seed)
 
@@ -138,27 +143,27 @@ class MQAR:
         require(window == longest, "training.length", window, f"{longest}, the longest of data.setup={data.setup!r}")
         few = [Sizes(size.length, size.pairs, -(-data.validation_sequences // len(sizes))) for size in sizes]
         return TaskData(
-            train=sequences(sizes, window, "train", config.training.seed, data.random_non_queries),
-            validation=sequences(few, window, "validation", 0, data.random_non_queries),
+            train=sequences(data, sizes, window, "train", config.training.seed),
+            validation=sequences(data, few, window, "validation", 0),
             tokenizer=None,
         )
 
     def build_model(self, config: TrainConfig, data: TaskData) -> "PreTrainedModel":
         from titans.training.models import build_model
 
-        ids = {"vocab_size": VOCABULARY, "eos_token_id": FILLER, "pad_token_id": FILLER}
+        ids = {"vocab_size": config.data.vocabulary, "eos_token_id": FILLER, "pad_token_id": FILLER}
         return build_model(config.model, **ids, seed=config.training.seed)
 
     def evaluate(
         self, model: "PreTrainedModel", tokenizer: None, data: MQARData, evaluation: MQAREvaluation
     ) -> dict[str, Any]:
         known = model.config.vocab_size
-        require(known >= VOCABULARY, "model.vocab_size", known, f"a model of {VOCABULARY} ids, trained on this task")
+        mend = f"a model of the {data.vocabulary} ids of data.vocabulary, trained on this task"
+        require(known == data.vocabulary, "model.vocab_size", known, mend)
         cells = []
         for size in SETUPS[data.setup][1]:
             count = evaluation.sequences or size.count
-            sizes = [Sizes(size.length, size.pairs, count)]
-            test = sequences(sizes, size.length, "test", evaluation.seed, data.random_non_queries)
+            test = sequences(data, [Sizes(size.length, size.pairs, count)], size.length, "test", evaluation.seed)
             accuracy = _accuracy(model, map(test.sequence, range(count)))
             cells.append({"length": size.length, "pairs": size.pairs, "sequences": count, "accuracy": accuracy})
         return {"cells": cells}
