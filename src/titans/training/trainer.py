@@ -82,7 +82,8 @@ class RunTrainer(Trainer):
     def _labelled_logits(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The inputs, such that a causal language model works out logits [1, N, vocab_size] for their N labels."""
         head = self._titans().get_output_embeddings()
-        if head is None or (labelled := inputs["labels"][:, 1:] != -100).all():  # a token's logits: of the next label
+        # A token's logits are for the label after it
+        if head is None or (labelled := inputs["labels"][:, 1:] != -100).all():
             yield inputs
             return
         handle = head.register_forward_pre_hook(lambda _, args: (args[0][:, :-1][labelled][None],))
