@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from titans.cli import main
 from titans.tasks import get_task
 from titans.tasks import mqar as module
-from titans.tasks.mqar import SETUPS, Sizes, mqar, sequences
+from titans.tasks.mqar import SETUPS, Batches, Sizes, collate, mqar, sequences
 from titans.training.config import parse_config
 from titans.training.models import build_model, load_run
 from titans.training.run import train
@@ -87,6 +87,35 @@ def test_items_are_made_of_their_index_and_filled_up():
         assert (other[4]["input_ids"] != data[4]["input_ids"]).any()
     with pytest.raises(IndexError):
         data[5]
+
+
+def test_training_batches_are_of_one_size_and_of_as_many_tokens():
+    sizes = [Sizes(8, 2, 21), Sizes(16, 4, 7), Sizes(32, 4, 4)]
+    data = Batches(module.MQARData(), sizes, 32, 2, 5)
+    assert len(data) == 2 * (2 + 1 + 2)  # five and one sequences fill no batch
+    read = []
+    for start in range(0, len(data), 2):
+        batch = collate([data[start], data[start + 1]])
+        ids, labels = batch["input_ids"], batch["labels"]
+        assert ids.numel() == labels.numel() == 2 * 32
+        size = next(size for size in sizes if size.length == ids.shape[1])
+        assert ((labels != -100).sum(1) == size.pairs).all()
+        read += [(len(row), tuple(row)) for row in ids.tolist()]
+    drawn = [tuple(data.sequences.sequence(i)[0].tolist()) for i in (*range(16), *range(21, 25), *range(28, 32))]
+    assert sorted(row for _, row in read) == sorted(drawn)
+    lengths = [length for length, _ in read]
+    assert lengths != sorted(lengths)
+    again = Batches(module.MQARData(), sizes, 32, 2, 5)
+    assert again.starts == data.starts
+    assert Batches(module.MQARData(), sizes, 32, 2, 6).starts != data.starts
+
+
+def test_validation_fills_short_sequences_up():
+    config = parse_config(TASK, {"data": {"setup": "based", "validation_sequences": 6}, "training": {"length": 256}})
+    data = TASK.load(config)
+    batch = data.collate([data.validation[i] for i in range(len(data.validation))])
+    assert batch["input_ids"].shape == batch["labels"].shape == (10, 256)
+    assert (batch["labels"] != -100).sum(1).tolist() == [4, 4, 8, 8, 16, 16, 32, 32, 64, 64]
 
 
 def test_the_loss_is_at_the_query():

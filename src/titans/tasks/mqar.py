@@ -120,6 +120,40 @@ def sequences(data: MQARData, sizes: Sequence[Sizes], window: int, split: str, s
     return TaggedSequences(draw, int(ends[-1]), window, FILLER, split=split, seed=seed)
 
 
+class Batches:
+    """Sequences for training in batches that are each of one size, as Zoology's are, and all of as many tokens.
+
+    An item is as many sequences side by side as make a window, int64 [window / length, length]; every ``batch`` items
+    from the start are of one size, and these batches come in random order.
+    """
+
+    def __init__(self, data: MQARData, sizes: Sequence[Sizes], window: int, batch: int, seed: int):
+        self.sequences, self.batch, self.window = sequences(data, sizes, window, "train", seed), batch, window
+        ends, self.starts = np.cumsum([size.count for size in sizes]), []
+        for size, end in zip(sizes, ends, strict=True):
+            each = batch * window // size.length
+            firsts = range(end - size.count, end - each + 1, each)
+            self.starts += [(first, size.length) for first in firsts]
+        np.random.default_rng(seed).shuffle(self.starts)
+
+    def __len__(self) -> int:
+        return len(self.starts) * self.batch
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        batch, item = divmod(index, self.batch)
+        first, length = self.starts[batch]
+        count = self.window // length
+        rows = [self.sequences[first + item * count + row] for row in range(count)]
+        return {name: np.stack([row[name][:length] for row in rows]) for name in rows[0]}
+
+
+def collate(items: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+    """All sequences of all items below one another, [B, length] each."""
+    import torch
+
+    return {name: torch.from_numpy(np.vstack([item[name] for item in items])) for name in items[0]}
+
+
 class MQAR:
     """MQAR; see `titans.training.task.Task` for the methods."""
 
@@ -143,9 +177,11 @@ class MQAR:
         require(window == longest, "training.length", window, f"{longest}, the longest of data.setup={data.setup!r}")
         few = [Sizes(size.length, size.pairs, -(-data.validation_sequences // len(sizes))) for size in sizes]
         return TaskData(
-            train=sequences(data, sizes, window, "train", config.training.seed),
+            train=Batches(data, sizes, window, config.training.batch_size, config.training.seed),
             validation=sequences(data, few, window, "validation", 0),
             tokenizer=None,
+            ordered=True,
+            collate=collate,
         )
 
     def build_model(self, config: TrainConfig, data: TaskData) -> "PreTrainedModel":
