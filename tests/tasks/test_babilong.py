@@ -13,7 +13,6 @@ from titans.cli import main
 from titans.tasks import get_task
 from titans.tasks.babilong import MIN_SENTENCE, Background, Hidden, Scattered, Story, read_stories, stories
 from titans.training.config import parse_config
-from titans.training.questions import QuestionWindows
 from titans.training.run import train
 from titans.training.tokens import byte_tokenizer
 
@@ -36,8 +35,7 @@ BOOK = " ".join(f"This is the sentence with the number {i}." for i in range(300)
 def test_question_lines_are_dropped_and_stories_start_anew():
     found = stories(BABI)
     assert found[0] == STORY
-    earlier = ((2, "Where is Mary?", "bathroom"),)
-    assert found[1] == Story((*STORY.facts, "Mary went back to the office."), "Where is Mary?", "office", (2,), earlier)
+    assert found[1] == Story((*STORY.facts, "Mary went back to the office."), "Where is Mary?", "office", (2,))
     assert found[2] == Story(("Sandra went to the garden.", "Daniel is hungry."), "Where is Sandra?", "garden", (0,))
     assert len(found) == 3
     for broken in ("Mary moved.", "1 Where?\tthere", "1"):
@@ -60,7 +58,7 @@ def test_question_lines_are_dropped_and_stories_start_anew():
 )
 def test_right_is_the_only_label_of_the_first_sentence(output, right):
     labels = frozenset({"bathroom", "bedroom", "garden", "kitchen", "office"})
-    assert Hidden("", "", ("bathroom",), (0.0,), labels=labels).found(output) == [right]
+    assert Hidden("", "", ("bathroom",), (0.0,), labels).found(output) == [right]
 
 
 def scattered(task="qa1", source=(STORY,), instructions=False, books=(BOOK,)):
@@ -120,22 +118,14 @@ def test_lengths_are_used_up_and_kept():
         assert "�" not in question.prompt
 
 
-def test_earlier_questions_are_asked_and_learned_where_they_stand():
-    story = stories(BABI)[1]
-    plain = scattered(source=[story])(np.random.default_rng(0), 0, None)
-    assert plain.before == ("Mary moved to the bathroom. John went to the hallway. Where is Mary?", " bathroom.")
-    assert plain.prompt == " Mary went back to the office. Where is Mary?"
-    make = scattered(source=[story])
-    for length in (300, 555):
-        question = make(np.random.default_rng(1), length, None)
-        used = len("".join(question.before)) + len(question.prompt) + len(question.target) + 1
-        assert length - 3 <= used <= length
-    windows = QuestionWindows([make], BYTES, split="train", seed=0, window=600, lengths=[300], count=1)
-    item = windows[0]
-    learned = item["input_ids"][item["labels"] != -100]
-    assert (learned == item["labels"][item["labels"] != -100]).all()
-    both = [*b" bathroom.", *b" office.", BYTES.eos_token_id]
-    assert learned.tolist() == both * 2
+def test_a_first_word_may_cost_more_than_one_behind_a_space():
+    """As in GPT-2's tokens, where "Sandra" is two and " Sandra" one."""
+    make = scattered(source=[Story(STORY.facts[:1], "Where is Mary?", "bathroom", (0,))])
+    make.background.encode = lambda text: [0] * (len(text.split()) + (text[:1] != " "))
+    with pytest.raises(ValueError, match="length=10 is not valid; use at least 11"):
+        make(np.random.default_rng(0), 10, None)
+    question = make(np.random.default_rng(0), 11, None)
+    assert sum(len(make.background.encode(part)) for part in (question.prompt, question.target)) + 1 == 11
 
 
 def test_depth_is_where_the_last_supporting_fact_stands():
@@ -180,9 +170,7 @@ def values(tmp_path):
 
 def test_splits_of_a_task_and_files_that_are_not_there(values):
     folder = values["data"]["babi"]
-    splits = {split: read_stories(folder, "qa1", split) for split in ("train", "validation", "test")}
-    assert {split: len(found) for split, found in splits.items()} == {"train": 27, "validation": 3, "test": 30}
-    assert [sum(bool(story.earlier) for story in found) for found in splits.values()] == [9, 0, 0]
+    assert [len(read_stories(folder, "qa1", split)) for split in ("train", "validation", "test")] == [27, 3, 30]
     with pytest.raises(FileNotFoundError, match=r"no file qa3_\*_train\.txt; it has the train files of qa1: choose"):
         read_stories(folder, "qa3", "train")
     assert len(read_stories(folder, "qa3", "test")) == 3

@@ -4,7 +4,7 @@ What differs from BABILong: the books are those of `data.test` instead of PG-19'
 tokenizer instead of GPT-2's; facts and sentences are joined by one space; the draws are this library's own.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ LABELS = {
     "qa5": frozenset({"bill", "fred", "jeff", "mary", "apple", "football", "milk"}),
 }
 MIN_SENTENCE = 10  # tokens of a sentence; shorter ones of the books are skipped
-MARK = "\0"  # around answers within a text
 PROMPT = 300  # tokens that BABILong sets aside for the instructions
 
 
@@ -57,7 +56,6 @@ class Story:
     question: str
     answer: str
     support: tuple[int, ...]  # indices into facts
-    earlier: tuple[tuple[int, str, str], ...] = ()  # questions before it: facts before each, question, answer
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,6 @@ def stories(text: str) -> list[Story]:
     """
     found: list[Story] = []
     facts: list[str] = []
-    earlier: list[tuple[int, str, str]] = []
     index_of: dict[str, int] = {}
     for position, line in enumerate(text.splitlines(), start=1):
         number, _, rest = line.strip().partition(" ")
@@ -90,11 +87,10 @@ def stories(text: str) -> list[Story]:
         if not number.isdigit() or not fact or len(answer) not in (0, 2):
             raise ValueError(f"line {position} is {line!r}; write `n fact`, or `n question<TAB>answer<TAB>lines`")
         if number == "1":
-            facts, earlier, index_of = [], [], {}
+            facts, index_of = [], {}
         if answer:
             support = tuple(index_of[n] for n in answer[1].split())
-            found.append(Story(tuple(facts), fact, answer[0], support, tuple(earlier)))
-            earlier.append((len(facts), fact, answer[0]))
+            found.append(Story(tuple(facts), fact, answer[0], support))
         else:
             index_of[number] = len(facts)
             facts.append(fact)
@@ -103,8 +99,6 @@ def stories(text: str) -> list[Story]:
 
 def read_stories(folder: str | None, task: str, split: str) -> list[Story]:
     """The questions of a split; the last tenth of the training file is the validation split.
-
-    Those for training come with the earlier ones of their story, so that a text teaches several answers.
 
     Raises:
         ValueError: no folder, or an empty file.
@@ -127,9 +121,7 @@ def read_stories(folder: str | None, task: str, split: str) -> list[Story]:
     except ValueError as error:
         raise ValueError(f"{files[0]}: {error}") from error
     border = len(found) * 9 // 10
-    if split == "train":
-        return found[:border]
-    return [replace(story, earlier=()) for story in (found[border:] if split == "validation" else found)]
+    return {"train": found[:border], "validation": found[border:], "test": found}[split]
 
 
 class Background:
@@ -210,7 +202,7 @@ class Scattered:
         while True:
             question = self._question(rng, self.source[index], free)
             spare = self.answers[index] if reserve is None else reserve
-            excess = sum(map(self._count, (*question.before, question.prompt))) + spare - length
+            excess = len(self.background.encode(question.prompt)) + spare - length
             if excess <= 0 or as_published or free == 0:
                 return question
             free = max(0, free - excess)  # pieces may have more tokens together than each by itself
@@ -218,41 +210,29 @@ class Scattered:
     @cached_property
     def answers(self) -> np.ndarray:
         """Tokens of each target and the end of the text after it: int64 [stories]."""
-        return np.array([self._count(f" {story.answer}.") + 1 for story in self.source])
+        return np.array([len(self.background.encode(f" {story.answer}.")) + 1 for story in self.source])
 
     @cached_property
     def sizes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens of each story's facts, tokens of the rest of its prompt, number of its facts: int64 [stories] each."""
         facts, others = [], []
         for story in self.source:
-            facts.append(sum(map(self._count, " ".join(_with_questions(story)).split(MARK))))
-            others.append(self._count(self.template.format(context="", question=story.question)))
+            facts.append(len(self.background.encode(" ".join(story.facts))))  # as nothing stands before the first one
+            others.append(len(self.background.encode(self.template.format(context="", question=story.question))))
         return np.array(facts), np.array(others), np.array([len(story.facts) for story in self.source])
-
-    def _count(self, text: str) -> int:
-        return len(self.background.encode(text))
 
     def _question(self, rng: np.random.Generator, story: Story, free: int) -> Question:
         """The facts among `free` tokens of background, each before a sentence drawn for it, or after the last."""
         parts: list[str] = self.background.sentences(rng, free)
         places = np.sort(rng.integers(len(parts) + 1, size=len(story.facts)))
-        for place, fact in zip(places[::-1], _with_questions(story)[::-1], strict=True):
+        for place, fact in zip(places[::-1], story.facts[::-1], strict=True):
             parts.insert(place, fact)
         last = max(story.support)  # as facts keep their order, so many parts before it are facts
         before = len(" ".join(parts[: places[last] + last]))
         context = " ".join(parts)
-        *earlier, prompt = self.template.format(context=context, question=story.question).split(MARK)
+        prompt = self.template.format(context=context, question=story.question)
         labels = frozenset(label for label in LABELS[self.task] if label not in story.question.lower())
-        depth = before / len(context)
-        return Hidden(prompt, f" {story.answer}.", (story.answer.lower(),), (depth,), tuple(earlier), labels)
-
-
-def _with_questions(story: Story) -> list[str]:
-    """The facts, each with the questions asked after it, their answers between marks."""
-    facts = list(story.facts)
-    for number, question, answer in story.earlier:
-        facts[number - 1] += f" {question}{MARK} {answer}.{MARK}"
-    return facts
+        return Hidden(prompt, f" {story.answer}.", (story.answer.lower(),), (before / len(context),), labels)
 
 
 class Babilong(QuestionTask):

@@ -25,14 +25,12 @@ class Question:
         target: what training writes after the prompt, before the end of the text.
         answers: what is looked for in the model's output.
         depths: where the prompt tells each of the answers, from 0 (its beginning) to 1.
-        before: in training, what stands before the prompt: text and an answer to be learned, in turn.
     """
 
     prompt: str
     target: str
     answers: tuple[str, ...]
     depths: tuple[float, ...]
-    before: tuple[str, ...] = ()
 
     def found(self, output: str) -> list[bool]:
         """Which of the answers occur in the output, upper and lower case alike (RULER's string_match_all)."""
@@ -167,15 +165,15 @@ class QuestionWindows:
         begin = 0
         for _ in range(self.window // length):
             question = self.makers[rng.integers(len(self.makers))](rng, length, None)
-            for number, text in enumerate((*question.before, question.prompt, question.target)):
-                piece = self.encode(text)
-                end = begin + len(piece)
-                ids[begin:end] = piece
-                learned = number % 2 == 1 or rng.random(len(piece)) < self.text_loss
-                labels[begin:end] = np.where(learned, ids[begin:end], -100)
-                begin = end
-            ids[begin] = labels[begin] = self.tokenizer.eos_token_id
-            begin += 1
+            prompt = self.encode(question.prompt)
+            answer = [*self.encode(question.target), self.tokenizer.eos_token_id]
+            middle = begin + len(prompt)
+            end = middle + len(answer)
+            ids[begin:middle] = prompt
+            ids[middle:end] = labels[middle:end] = answer
+            learned = begin + np.flatnonzero(rng.random(len(prompt)) < self.text_loss)
+            labels[learned] = ids[learned]
+            begin = end
         return {"input_ids": ids, "labels": labels}
 
 
