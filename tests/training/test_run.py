@@ -110,11 +110,12 @@ def test_a_truncated_model_is_named(tmp_path, text):
 
 
 def test_resuming_a_finished_run_trains_no_further(tmp_path, text):
-    """The kill came after the last checkpoint: one step more would write another."""
+    """The kill came after the last checkpoint: one step more would write another. Its time counts."""
     run = config(tmp_path / "run", text)
     first = train(run, TASK, progress=False)
     again = train(run, TASK, resume=True, progress=False)
-    assert again["metrics"] == first["metrics"]
+    for figure in ("metrics", "tokens_per_second", "training_seconds"):
+        assert again[figure] == first[figure]
     checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert checkpoints == ["checkpoint-12", "checkpoint-8"]
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").open()]

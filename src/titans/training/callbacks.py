@@ -3,19 +3,31 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer_callback import ExportableState
 
 from titans.training.files import write_atomically
 
 
-class Clock(TrainerCallback):
-    """Time spent in training steps alone, without evaluation and saving; the first step warms up and is not counted."""
+class Clock(TrainerCallback, ExportableState):
+    """Time spent in training steps alone, without evaluation and saving, nor a process's first step, which warms up.
+
+    It is part of a checkpoint, so that a resumed run counts on.
+    """
 
     def __init__(self):
         self.steps, self.seconds, self._start, self._warm = 0, 0.0, 0.0, False
+
+    def state(self):
+        return {"args": {}, "attributes": {"steps": self.steps, "seconds": self.seconds}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved: Any = state.stateful_callbacks
+        vars(self).update(saved["Clock"]["attributes"])
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._start = time.perf_counter()
