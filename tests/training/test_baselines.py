@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import TrainingArguments
 
 from titans.training.models import MODEL_TYPES, build_model, has_constant_state, read_on
@@ -107,6 +108,14 @@ def test_baselines_start_as_ours(kind):
     start = small(kind).get_input_embeddings().weight.std().item()
     assert start == pytest.approx(0.1 if kind == "mamba2" else 96**-0.5, rel=0.05)
     assert small(kind, initializer_range=0.5).get_input_embeddings().weight.std().item() == pytest.approx(0.5, rel=0.05)
+
+
+def test_a_gated_delta_net_remembers_at_the_start():
+    """Steps of forgetting between 0.001 and 0.1; with transformers' start, 1.3, a state would be gone in a token."""
+    model = small("gated_delta_net", linear_num_value_heads=4, linear_num_key_heads=2)
+    for layer in model.base_model.layers:
+        steps = F.softplus(layer.linear_attn.dt_bias)
+        assert steps.tolist() == pytest.approx([10**-2.75, 10**-2.25, 10**-1.75, 10**-1.25], rel=1e-5)
 
 
 def test_seed_decides_the_weights(kind):

@@ -20,7 +20,7 @@ from titans.memory.pieces import align, check_mask, take
 from titans.models import TitansConfig, TitansForSequenceClassification
 from titans.models.classification import mean_of_tokens
 from titans.training.config import check_settings, nearest, refusals, require
-from titans.training.models import MODEL_TYPES, baseline_config, started, token_settings
+from titans.training.models import MODEL_TYPES, baseline_config, slow_forgetting, started, token_settings
 
 
 class ConvolutionsConfig(PreTrainedConfig):
@@ -170,7 +170,8 @@ def build_classifier(
         return TitansForSequenceClassification(TitansConfig(**fields, **named))
     backbone = _encoder_config(kind, fields) if kind in _ENCODERS else baseline_config(kind, fields)
     with refusals(spec, type(backbone).__name__):
-        return BackboneForSequenceClassification(BackboneClassifierConfig(backbone=backbone, **named))
+        model = BackboneForSequenceClassification(BackboneClassifierConfig(backbone=backbone, **named))
+    return slow_forgetting(kind, model)
 
 
 def _encoder_config(kind: str, fields: dict[str, Any]) -> PreTrainedConfig:
