@@ -235,3 +235,17 @@ def test_sizes_cover_what_they_claim():
     chunks = {(reach % chunk == 0, chunk > reach) for chunk, reach, *_ in SIZES.values()}
     assert chunks == {(True, False), (False, False), (False, True)}
     assert {persistent == 0 for _, _, persistent, _ in SIZES.values()} == {True, False}
+
+
+def test_a_gate_that_forgets_all_it_can_has_finite_gradients():
+    """Write gate and forgetting both at 1 in float32: log(1 - alpha) was -inf there, and its gradient NaN."""
+    torch.manual_seed(0)
+    layer = NeuralMemory(16, heads=2, chunk_size=4, gate="write")
+    with torch.no_grad():
+        write, _, forget = layer.gates_proj.bias.view(3, 2)
+        write.fill_(10)
+        forget.fill_(40)
+    y, _ = layer(torch.randn(2, 9, 16))
+    y.square().sum().backward()
+    for name, p in layer.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name

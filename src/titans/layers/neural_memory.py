@@ -281,7 +281,9 @@ class NeuralMemory(nn.Module):
             lr, log_retention = torch.sigmoid(write), F.logsigmoid(-forget)
         else:
             lr = writes(z)
-            log_retention = torch.log1p(-torch.sigmoid(forget) * lr)
+            # never all: where both factors round to 1, the logarithm would be -inf and its gradient NaN
+            alpha = (torch.sigmoid(forget) * lr).clamp_max(1 - torch.finfo(lr.dtype).eps)
+            log_retention = torch.log1p(-alpha)
         return self.max_lr * lr, log_momentum, torch.zeros_like(forget) if self.forget == "none" else log_retention
 
     def gated(self, reads: Tensor, out_gate: Tensor) -> Tensor:
