@@ -1,5 +1,7 @@
 """A changed token moves no earlier logit and no other row (issue 1, item 3)."""
 
+import re
+
 import pytest
 import torch
 from model_cases import MODELS, VARIANTS, assert_equal, build, ids, near
@@ -66,6 +68,16 @@ def test_embeddings_instead_of_ids(variant):
         for arguments in ({}, {"input_ids": tokens, "inputs_embeds": embedded}):
             with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
                 model(**arguments)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 5)])
+def test_ids_of_another_shape(shape):
+    model, wrong = build("mac"), torch.zeros(shape, dtype=torch.long)
+    for call in (model, model.memorize):
+        with pytest.raises(ValueError, match=rf"give input_ids \[B, T\].*not {re.escape(str(list(shape)))}"):
+            call(wrong)
+    with pytest.raises(ValueError, match=r"inputs_embeds \[B, T, hidden_size\], not \[1, 1, 5, 8\]"):
+        model(inputs_embeds=torch.zeros(1, 1, 5, 8))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -107,6 +107,9 @@ class TitansModel(TitansPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.dim() != 3:
+            shape = list(x.shape[:-1] if inputs_embeds is None else x.shape)
+            raise ValueError(f"give input_ids [B, T] or inputs_embeds [B, T, hidden_size], not {shape}")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and cache is None:
@@ -213,7 +216,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             what was memorized. ``cache.save_pretrained(path, model)`` keeps it.
         """
         cache = TitansCache(self.config.num_hidden_layers) if cache is None else cache
-        for piece in input_ids.split(PIECE, 1):
+        for piece in input_ids.split(PIECE, -1):
             self.model(piece.to(self.device), cache=cache, use_cache=True)
         return cache.rebase()
 
