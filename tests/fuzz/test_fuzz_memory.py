@@ -17,7 +17,7 @@ NETWORKS = st.builds(
     MemoryMLP,
     depth=st.integers(1, 4),
     expansion=st.sampled_from([0.1, 0.5, 1, 1.5, 2]),
-    activation=st.sampled_from(["gelu", "silu", "relu"]),
+    activation=st.sampled_from(["gelu", "silu", "relu", "normed_gelu"]),
     residual=st.booleans(),
     norm=st.booleans(),
     norm_eps=st.sampled_from([1e-5, 1e-2]),

@@ -13,6 +13,7 @@ T = 30
 NETWORKS = {
     "depth 1": MemoryMLP(depth=1), "depth 3": MemoryMLP(depth=3), "silu": MemoryMLP(activation="silu"),
     "no norm": MemoryMLP(norm=False), "no residual": MemoryMLP(residual=False),
+    "normed": MemoryMLP(activation="normed_gelu", residual=False, norm=False),
 }  # fmt: skip
 
 
@@ -40,6 +41,12 @@ def test_single_tokens_are_the_whole(name, size, start, batch):
 @pytest.mark.parametrize("network", NETWORKS)
 def test_options(network, gate, conv_size):
     assert_decodes(build("memory", network=NETWORKS[network], gate=gate, conv_size=conv_size), tokens(2, T), 4)
+
+
+def test_without_the_value_beside():
+    layer = build("memory")
+    layer.skip = None
+    assert_decodes(layer, tokens(2, T), 4)
 
 
 @pytest.mark.parametrize(("forget", "momentum"), [("zero", True), ("none", True), ("start", False), ("none", False)])

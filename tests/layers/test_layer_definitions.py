@@ -142,3 +142,5 @@ def test_values_stand_beside_what_is_read():
     reads, same = layer.write(x, layer.initial_state(2), None)
     assert_equal(both, reads + values)
     assert_equal(state.tensors(), same.tensors())
+    layer.skip = None
+    assert_equal(layer.write(x, layer.initial_state(2), None)[0], reads)

@@ -22,6 +22,8 @@ OPTIONS = {
     "plain": MemoryMLP(residual=False, norm=False),
     "plain depth1": MemoryMLP(depth=1, residual=False, norm=False),
     "plain depth4": MemoryMLP(depth=4, residual=False, norm=False, expansion=2),
+    "normed": MemoryMLP(activation="normed_gelu", residual=False, norm=False, expansion=2),
+    "normed depth3": MemoryMLP(depth=3, activation="normed_gelu", expansion=1.5),
     "large eps": MemoryMLP(norm_eps=0.1),
 }
 

@@ -6,7 +6,7 @@ from memory_cases import OPTIONS, PATHS, make
 
 from titans.memory import pieces
 
-NETWORKS = ["default", "depth1", "depth3", "depth4", "silu", "no residual", "no norm"]
+NETWORKS = ["default", "depth1", "depth3", "depth4", "silu", "no residual", "no norm", "normed"]
 
 
 def check(case, backend, info, state=None):

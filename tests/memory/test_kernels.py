@@ -169,6 +169,10 @@ def test_bfloat16_errs_at_most_twice_as_much_as_chunked(name):
 
 BAD = {
     "float64": ({"dtype": torch.float64}, "q is torch.float64; use float32"),
+    "activation": (
+        {"network": MemoryMLP(activation="normed_gelu")},
+        "network.activation='normed_gelu'; use gelu, silu or relu",
+    ),
     "depth": ({"network": MemoryMLP(depth=3)}, "network.depth=3; use 1 or 2"),
     "head dim": ({"D": 8}, "q has head dim 8; use one of"),
     "expansion": ({"network": MemoryMLP(expansion=1.5)}, "network.expansion=1.5 makes 24 hidden units"),

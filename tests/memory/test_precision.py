@@ -8,7 +8,7 @@ from memory_cases import OPTIONS, Case, assert_equal, make
 from tolerances import LOW_PRECISION
 
 SIZES = {"B": 2, "T": 64, "H": 2, "D": 16, "C": 16, "lr": 0.01}
-NETWORKS = ["default", "depth1", "depth3", "plain", "silu", "no residual"]
+NETWORKS = ["default", "depth1", "depth3", "plain", "silu", "no residual", "normed"]
 
 
 def plain(case: Case) -> tuple[torch.Tensor, list[torch.Tensor]]:

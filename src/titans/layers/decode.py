@@ -60,8 +60,9 @@ class MemoryDecoder:
         token_gates = [memory.gates_proj.weight] if memory.gate == "sigmoid" else []
         self.project = _Linear(B, memory.qkv_proj.weight, *token_gates, memory.out_gate.weight)
         self.out, self.bias = _Linear(B, memory.out_proj.weight), memory.gates_proj.bias
-        self.skip = memory.skip.to(state.pending.dtype).repeat(B, 1).unsqueeze(1)
-        self.rows, self.heads = self.skip.shape, (B, memory.heads, memory.head_dim)  # [B * heads, 1, head_dim]
+        self.dtype, self.heads = state.pending.dtype, (B, memory.heads, memory.head_dim)
+        self.rows = B * memory.heads, 1, memory.head_dim
+        self.skip = None if memory.skip is None else memory.skip.to(self.dtype).repeat(B, 1).unsqueeze(1)
 
     @property
     def state(self) -> MemoryState:
@@ -73,15 +74,17 @@ class MemoryDecoder:
         qkv, *token_gates, out_gate = self.project.each(x)
         qkv, stepper.conv = memory.conv(qkv.unsqueeze(1), stepper.conv, None)
         qkv = F.silu(qkv)
-        q, k, v = (t.reshape(self.rows) for t in memory.by_head(qkv.to(self.skip.dtype)))
+        q, k, v = (t.reshape(self.rows) for t in memory.by_head(qkv.to(self.dtype)))
         z = token_gates[0] + self.bias if token_gates else memory.gates_proj(qkv).squeeze(1)
         gates = torch.stack(memory.gate_values(z)).view(3, -1, 1, 1)
         reads = stepper(q, k, v, gates)
-        return self.out(self._gated(torch.addcmul(reads, self.skip, v), out_gate))
+        if self.skip is not None:
+            reads = torch.addcmul(reads, self.skip, v)
+        return self.out(self._gated(reads, out_gate))
 
     def recall(self, queries: Tensor, out_gate: Tensor, maps: Sequence[Tensor]) -> Tensor:
         """``NeuralMemory.recall`` of projected queries [B, key_heads * head_dim]; maps [B, heads, d_in, d_out]."""
-        q = self.memory.as_queries(queries.to(self.skip.dtype))
+        q = self.memory.as_queries(queries.to(self.dtype))
         return self._gated(self.stepper.recall(q.reshape(self.rows), maps), out_gate)
 
     def _gated(self, reads: Tensor, out_gate: Tensor) -> Tensor:

@@ -51,8 +51,8 @@ class GateProjection(nn.Linear):
 class NeuralMemory(nn.Module):
     """Neural long-term memory (arXiv 2501.00663, section 3): a sequence mixer [B, T, dim] -> [B, T, dim].
 
-    What a token reads, and beside it the token's own value weighted by ``skip`` (learned; not in the paper), is
-    normalised head by head, gated and projected.
+    What a token reads, and beside it the token's own value (see ``skip``), is normalised head by head, gated and
+    projected.
 
     Args:
         dim: width of inputs and outputs.
@@ -73,6 +73,8 @@ class NeuralMemory(nn.Module):
         forget: where forgetting leads: "start", to M_0, so that what was written fades and what was learned in training
             stays; "zero", the paper's; "none": nothing is forgotten.
         momentum: whether surprise carries on from token to token; False: eta is 0, plain gradient descent.
+        skip: whether the token's own value, weighted by what is learned, stands beside what is read; not in the paper.
+            Without it a memory recalls better, and tracks a state worse (docs/decisions.md).
         conv_size: length of the causal convolution over queries, keys and values; 1 for none.
         backend: see ``titans.memory.neural_memory``.
     """
@@ -90,6 +92,7 @@ class NeuralMemory(nn.Module):
         max_lr: float | None = None,
         forget: str = "start",
         momentum: bool = True,
+        skip: bool = True,
         conv_size: int = 4,
         backend: str = "auto",
     ):
@@ -115,8 +118,8 @@ class NeuralMemory(nn.Module):
         self.units += [1.0] * (2 * self.network.norm)
         start = self.network.init(heads, self.head_dim)
         self.weights = nn.ParameterList(w / unit for w, unit in zip(start, self.units, strict=True))
-        # beside what is read stands the value itself, at the start about as long: values are as long as keys, 1
-        self.skip = nn.Parameter(torch.full((heads, self.head_dim), self.head_dim**0.5))
+        # at the start about as long as what is read: values are as long as keys, 1
+        self.skip = nn.Parameter(torch.full((heads, self.head_dim), self.head_dim**0.5)) if skip else None
         self.out_norm = nn.LayerNorm(self.head_dim, eps=1e-6, bias=False)
         self.out_gate = nn.Linear(dim, inner, bias=False)
         self.out_proj = nn.Linear(inner, dim, bias=False)
@@ -224,7 +227,7 @@ class NeuralMemory(nn.Module):
         if seen is not None:
             seen |= {"lr": lr, "momentum": log_momentum.exp(), "forget": -torch.expm1(log_retention)}
             seen |= info[0]._asdict()
-        return reads + self.skip * v, replace(state, conv=conv)
+        return reads if self.skip is None else reads + self.skip * v, replace(state, conv=conv)
 
     def by_head(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q and k, on the unit sphere, and v, [B, T, heads, head_dim], from what ``qkv_proj`` gave."""

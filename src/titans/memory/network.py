@@ -9,29 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titans.memory.activations import (
+    ACTIVATIONS,
+    Activation,
+    at_least_float32,
+    layer_norm,
+    norm_curvature,
+    norm_slope,
+)
+
 Linear = Callable[[int, Tensor], Tensor]
-
-
-def _gelu_curvature(z: Tensor) -> Tensor:
-    return torch.exp(-0.5 * z * z) * (2 - z * z) * (1 / math.sqrt(2 * math.pi))
-
-
-def _silu_backward(g: Tensor, z: Tensor) -> Tensor:
-    s = torch.sigmoid(z)  # aten's own cannot be differentiated again
-    return g * s * (1 + z * (1 - s))
-
-
-def _silu_curvature(z: Tensor) -> Tensor:
-    s = torch.sigmoid(z)
-    return s * (1 - s) * (2 + z * (1 - 2 * s))
-
-
-# name -> (f(z), g f'(z) from g and z, f''(z))
-ACTIVATIONS = {
-    "gelu": (F.gelu, torch.ops.aten.gelu_backward, _gelu_curvature),
-    "silu": (F.silu, _silu_backward, _silu_curvature),
-    "relu": (F.relu, lambda g, z: torch.ops.aten.threshold_backward(g, z, 0), torch.zeros_like),
-}
 
 
 @dataclass(frozen=True)
@@ -41,7 +28,8 @@ class MemoryMLP:
     Args:
         depth: number of linear maps L, 1 to 4.
         expansion: hidden width over ``head_dim``.
-        activation: ``"gelu"`` (exact), ``"silu"`` or ``"relu"``, between the linear maps.
+        activation: between the linear maps: ``"gelu"`` (exact), ``"silu"`` or ``"relu"``, or ``"normed_gelu"``: a GELU,
+            its result brought to mean 0 and length 1.
         residual: add the input to the output.
         norm: LayerNorm before the residual; its gain and bias are slow (ordinary learned) parameters.
         norm_eps: added to the variance in that norm.
@@ -81,12 +69,15 @@ class MemoryMLP:
 
         The norm makes the network blind to the scale of its maps, so that their scale sets how fast they learn: with
         unit variance, one token's step moves the output by a fraction of theta, whatever the widths. Without norm the
-        maps have variance 1 / hidden, for small outputs.
+        last map is 0, so that what is read is what was written (docs/decisions.md), and the others have variance
+        1 / hidden, for small results, or 1 before ``"normed_gelu"``, which is as blind to their scale.
         """
-        scale = 1.0 if self.norm else max(1, round(dim * self.expansion)) ** -0.5
+        scale = 1.0 if self.norm or not self.functions.pointwise else max(1, round(dim * self.expansion)) ** -0.5
         maps = [torch.randn(heads, i, o) * scale for i, o in self.shapes(dim)]
-        affine = [torch.ones(heads, dim), torch.zeros(heads, dim)] if self.norm else []
-        return tuple(maps + affine)
+        if not self.norm:
+            maps[-1].zero_()
+            return tuple(maps)
+        return (*maps, torch.ones(heads, dim), torch.zeros(heads, dim))
 
     def split(self, weights: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor] | None]:
         """The linear maps, and (gain, bias) if they are among ``weights``."""
@@ -94,13 +85,13 @@ class MemoryMLP:
         return maps, (affine if affine else None)  # type: ignore[return-value]
 
     @property
-    def functions(self) -> tuple[Callable, Callable, Callable]:
-        """The activation f(z), its backward (g, z) -> g f'(z), and f''(z)."""
+    def functions(self) -> Activation:
+        """The activation and its derivatives."""
         return ACTIVATIONS[self.activation]
 
     def forward(self, x: Tensor, linear: Linear, affine: tuple[Tensor, Tensor] | None) -> Tensor:
         """M(x) for x [..., D], where ``linear(i, h)`` applies the i-th linear map however the caller holds it."""
-        activation, h = self.functions[0], x
+        activation, h = self.functions.value, x
         for layer in range(self.depth - 1):
             h = activation(linear(layer, h))
         out = linear(self.depth - 1, h)
@@ -131,7 +122,7 @@ class MemoryMLP:
             The inputs x^i [..., T, d_in] of every map, the loss's gradients d^i [..., T, d_out] at every map's output,
             so that the gradient of token t at map i is the outer product of x^i_t and d^i_t, and ``M(k) - v``.
         """
-        value, slope, _ = self.functions
+        value, slope, *_ = self.functions
         inputs, outputs = [k], []
         for w in maps[:-1]:
             outputs.append(inputs[-1] @ w)
@@ -145,23 +136,23 @@ class MemoryMLP:
 
     def offset(self, k: Tensor, v: Tensor, affine: tuple[Tensor, Tensor] | None) -> Tensor:
         """What the error ``M(k) - v`` holds besides the (normalised, scaled) output of the last map."""
-        offset = _at_least_float32(k) - _at_least_float32(v) if self.residual else -_at_least_float32(v)
+        offset = at_least_float32(k) - at_least_float32(v) if self.residual else -at_least_float32(v)
         return offset if affine is None else offset + affine[1]
 
     def _error(self, out: Tensor, gain: Tensor | None, offset: Tensor, norm: Sequence[Tensor]) -> Tensor:
-        unit = norm[0] if self.norm else _at_least_float32(out)
+        unit = norm[0] if self.norm else at_least_float32(out)
         return offset + unit if gain is None else torch.addcmul(offset, unit, gain)
 
     def output_signal(
         self, out: Tensor, gain: Tensor | None, offset: Tensor
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Gradient of the loss at the last map's output ``out`` [..., D], the error, and what the norm made of that."""
-        wide = _at_least_float32(out)
-        norm = torch.native_layer_norm(wide, wide.shape[-1:], None, None, self.norm_eps) if self.norm else ()
+        wide = at_least_float32(out)
+        norm = layer_norm(wide, self.norm_eps) if self.norm else ()
         error = self._error(out, gain, offset, norm)
         grad = 2 * error
         if self.norm:
-            grad = self._norm_backward(grad if gain is None else grad * gain, wide, norm)
+            grad = norm_slope(grad if gain is None else grad * gain, wide, norm)
         return grad.to(out.dtype), error, norm
 
     def output_signal_backward(
@@ -169,36 +160,20 @@ class MemoryMLP:
         gsignal: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         """Gradients of out, offset [G, T, D] and gain [G, 1, D] from that of ``output_signal``'s first result."""
-        wide, signal, gsignal = (_at_least_float32(t) for t in (out, signal, gsignal))
+        wide, signal, gsignal = (at_least_float32(t) for t in (out, signal, gsignal))
         if not self.norm:
             gout = 2 * gsignal
             return gout.to(out.dtype), gout, None
-        unit, _, rstd = norm
         error, scale = self._error(out, gain, offset, norm), 2.0 if gain is None else 2 * gain
-        grad, ggrad = scale * error, self._norm_backward(gsignal, wide, norm)  # the norm's Jacobian is symmetric
+        grad, ggrad = scale * error, norm_slope(gsignal, wide, norm)
         gerror = scale * ggrad
-        share, gshare = (grad * unit).mean(-1, keepdim=True), (gsignal * unit).mean(-1, keepdim=True)
-        gunit = gerror if gain is None else gain * gerror
-        gunit = gunit - rstd * torch.addcmul(share * gsignal, gshare, grad)
-        gout = self._norm_backward(gunit, wide, norm)
-        gout = gout.addcmul_(unit, rstd * (gsignal * signal).mean(-1, keepdim=True), value=-1)
-        ggain = None if gain is None else torch.addcmul(gerror * unit, error, ggrad, value=2).sum(1, keepdim=True)
+        gout = norm_curvature(gsignal, grad, wide, norm, signal, gerror if gain is None else gain * gerror)
+        ggain = None if gain is None else torch.addcmul(gerror * norm[0], error, ggrad, value=2).sum(1, keepdim=True)
         return gout.to(out.dtype), gerror, ggain
-
-    @staticmethod
-    def _norm_backward(grad: Tensor, out: Tensor, norm: Sequence[Tensor]) -> Tensor:
-        mean, rstd = norm[1:]
-        return torch.ops.aten.native_layer_norm_backward(
-            grad, out, out.shape[-1:], mean, rstd, None, None, [True, False, False]
-        )[0]
 
     @staticmethod
     def _affine(x: Tensor, affine: tuple[Tensor, Tensor] | None) -> Tensor:
         return x if affine is None else (x * affine[0] + affine[1]).to(x.dtype)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def safe_sqrt(x: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class _Inputs(NamedTuple):
 
 def _forward(network: MemoryMLP, t: _Inputs, gain, base: Tensors, maps: Tensors) -> tuple[Tensor, Tensors, _Chunk]:
     """Output of the last map at the queries, the maps after the chunk, and its intermediate results."""
-    dtype, (value, slope, _) = t.k.dtype, network.functions
+    dtype, (value, slope, *_) = t.k.dtype, network.functions
     W = weights_of(maps, base, dtype)
     x, z = [t.k], []
     for w in W[:-1]:
@@ -231,7 +231,7 @@ def _backward_advance(s: _Chunk, t: _Inputs, gmaps: Tensors, gt: _Inputs):
 
 def _backward_read(network: MemoryMLP, s: _Chunk, t: _Inputs, base: Tensors, gr, gx, gd, gmaps, gbase, gt: _Inputs):
     """The queries, last map first."""
-    slope, dtype = network.functions[1], t.k.dtype
+    slope, dtype = network.functions.slope, t.k.dtype
     flat = [m.to(dtype).flatten(1, 2) for m in s.maps]
     for i in reversed(range(1, network.depth)):
         h, x, both, raw, scores = s.h[i - 1], s.x[i], s.both[i - 1], s.raw[i - 1], s.scores[i - 1]
@@ -257,10 +257,10 @@ def _backward_read(network: MemoryMLP, s: _Chunk, t: _Inputs, base: Tensors, gr,
 
 def _backward_keys(network: MemoryMLP, s: _Chunk, t: _Inputs, gain, base: Tensors, gx, gd, gmaps, gbase, gt, ggain):
     """The keys' backward (gone through from first map to last), then their forward."""
-    _, slope, curvature = network.functions
+    f = network.functions
     W, gu = weights_of(s.maps, base, t.k.dtype), []
     for i in range(network.depth - 1):
-        gu.append(slope(gd[i], s.z[i]))
+        gu.append(f.push(gd[i], s.z[i]))
         gd[i + 1].baddbmm_(gu[i], W[i + 1])
     gz, goffset, ggain_here = network.output_signal_backward(s.z[-1], gain, t.offset, s.norm, s.d[-1], gd[-1])
     gt.offset.copy_(goffset)
@@ -275,7 +275,7 @@ def _backward_keys(network: MemoryMLP, s: _Chunk, t: _Inputs, gain, base: Tensor
             gbase[i].add_(gW)
         gx[i].baddbmm_(gz, W[i].mT)
         if i:
-            gz = slope(gx[i], s.z[i - 1]).addcmul_(gd[i - 1] * s.u[i - 1], curvature(s.z[i - 1]))
+            gz = f.slope(gx[i], s.z[i - 1]).add_(f.curvature(gd[i - 1], s.u[i - 1], s.z[i - 1]))
 
 
 def _weights_grad(pair: Tensor, x: Tensor) -> Tensor:

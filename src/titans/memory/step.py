@@ -19,9 +19,9 @@ def near(t: Tensor) -> Tensor:
     return t
 
 
-def _apart(f: Callable[..., Tensor], *z: Tensor) -> Tensor:
-    """``f`` element by element on [G, 1, D], not contiguous: PyTorch gives what is to oneDNN, some 15 us a call."""
-    return f(*[t.transpose(0, 2) for t in z]).transpose(0, 2)
+def _apart(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``f`` of numbers on [G, 1, D], not contiguous: PyTorch gives what is to oneDNN, some 15 us a call."""
+    return lambda *z: f(*[t.transpose(0, 2) for t in z]).transpose(0, 2)
 
 
 class Stepper:
@@ -40,6 +40,8 @@ class Stepper:
         dtype = state.pending.dtype
         maps, affine = network.split(weights)
         self.network, self.shape, self.chunk_size = network, (B, H), C
+        value, slope, *_ = f = network.functions
+        self.value, self.slope = (_apart(value), _apart(slope)) if f.pointwise else (value, slope)
         self.affine = affine and tuple(a.to(dtype).repeat(B, 1).unsqueeze(1) for a in affine)
         # every map as M_0, memory and momentum: keys meet the first two, queries all three
         self.maps: list[Tensor] = []
@@ -77,7 +79,7 @@ class Stepper:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
         """Writes one token and reads: q, k, v [G, 1, D], gates [3, G, 1, 1] = (lr, log_momentum, log_retention)."""
-        network, value, end = self.network, self.network.functions[0], self.slot + 1
+        network, end = self.network, self.slot + 1
         self._write(k, v)
         write, h = self._weigh(gates), q
         for i, (map, x, d) in enumerate(zip(self.three, self.inputs, self.signals, strict=True)):
@@ -86,7 +88,7 @@ class Stepper:
             else:
                 r = torch.bmm((h * self.mix.mT).view(len(h), 1, -1), map)
             r = torch.baddbmm(r, torch.bmm(h, x[:, :end].mT) * write, d[:, :end], alpha=-1)
-            h = _apart(value, r) if i < network.depth - 1 else r
+            h = self.value(r) if i < network.depth - 1 else r
         out = network.finish(q, h, self.affine)  # type: ignore[arg-type]
         self.read += 1
         if self.slot == 0:
@@ -104,12 +106,12 @@ class Stepper:
 
     def _write(self, k: Tensor, v: Tensor) -> None:
         """The token's input and gradient at every map, at the memory the chunk began with."""
-        network, (value, slope, _), slot = self.network, self.network.functions, self.slot
+        network, slot = self.network, self.slot
         x, outputs = k, []
         for i, (map, two, inputs) in enumerate(zip(self.maps, self.two, self.inputs, strict=True)):
             near(map)
             if i:
-                x = _apart(value, outputs[-1])
+                x = self.value(outputs[-1])
                 z = torch.bmm(x, two.mT)
                 outputs.append(torch.add(*z.chunk(2, -1)))
             else:
@@ -120,13 +122,13 @@ class Stepper:
         for i in reversed(range(network.depth)):
             self.signals[i][:, slot : slot + 1] = d
             if i:
-                d = _apart(slope, torch.bmm(torch.cat([d, d], 2), self.two[i]), outputs[i - 1])
+                d = self.slope(torch.bmm(torch.cat([d, d], 2), self.two[i]), outputs[i - 1])
 
     def recall(self, q: Tensor, maps: Sequence[Tensor]) -> Tensor:
         """Asks a memory that stands still: q [G, 1, D], its linear maps [B, H, d_in, d_out]; nothing is written."""
-        h, value = q, self.network.functions[0]
+        h = q
         for i, map in enumerate(maps):
-            h = torch.bmm(_apart(value, h) if i else h, near(map).flatten(0, 1))
+            h = torch.bmm(self.value(h) if i else h, near(map).flatten(0, 1))
         return self.network.finish(q, h, self.affine)  # type: ignore[arg-type]
 
     def _advanced(self) -> list[Tensor]:

@@ -33,6 +33,7 @@ def build_block(config: TitansConfig) -> Block:
         max_lr=config.memory_max_lr,
         forget=config.memory_forget,
         momentum=config.memory_momentum,
+        skip=config.memory_skip,
         conv_size=config.memory_conv_size,
     )
     if config.variant == "lmm":

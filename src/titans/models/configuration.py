@@ -41,6 +41,7 @@ class TitansConfig(PreTrainedConfig):
             ``chunk_size``, a model keeps the theta it was trained with.
         memory_forget: ``"start"``, ``"zero"`` or ``"none"``, see ``titans.NeuralMemory``.
         memory_momentum: whether surprise carries on from token to token.
+        memory_skip: whether a token's own value stands beside what it reads, see ``titans.NeuralMemory``.
         memory_conv_size: length of the causal convolution over queries, keys and values; 1 for none.
         chunk_size: tokens whose inner gradients are taken at the same memory.
         segment_length: tokens a segment (``mac``).
@@ -75,6 +76,7 @@ class TitansConfig(PreTrainedConfig):
     memory_max_lr: float | None = None
     memory_forget: str = "start"
     memory_momentum: bool = True
+    memory_skip: bool = True
     memory_conv_size: int = 4
     chunk_size: int = 16
     segment_length: int = 64
