@@ -31,11 +31,14 @@ def test_every_parameter_of_every_memory_network(network):
     assert not [n for n, p in layer.named_parameters() if p.grad is None or not p.grad.any()]
 
 
+@pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(("depth", "chunk_size"), [(1, 64), (2, 64), (3, 64), (4, 64), (2, 16), (3, 16), (4, 16)])
-def test_gradients_stay_small_where_a_long_text_repeats(depth, chunk_size):
-    """Every chunk writes the same keys again: with a largest theta of 0.1 depth 3 and 4 get norms above 1e4 here."""
+def test_gradients_stay_small_where_a_long_text_repeats(depth, chunk_size, norm):
+    """Every chunk writes the same keys again, with a norm behind the maps or between them: with a largest theta of 0.1
+    depth 3 and 4 get norms above 1e4 here."""
     torch.manual_seed(1)
-    memory = NeuralMemory(16, heads=1, chunk_size=chunk_size, network=MemoryMLP(depth, expansion=1))
+    network = MemoryMLP(depth, 1, activation="gelu" if norm else "normed_gelu", norm=norm)
+    memory = NeuralMemory(16, heads=1, chunk_size=chunk_size, network=network)
     y, _ = memory(torch.randn(1, 32, 16).repeat(1, 64, 1))
     y.square().mean().backward()
     assert torch.nn.utils.get_total_norm([p.grad for p in memory.parameters() if p.grad is not None]) < 1
@@ -50,6 +53,8 @@ def test_gradients_stay_small_where_a_long_text_repeats(depth, chunk_size):
         (MemoryMLP(3), 64, 1 / 256),
         (MemoryMLP(4), 16, 1 / 128),
         (MemoryMLP(norm=False), 4, 0.025),
+        (MemoryMLP(1, norm=False), 64, 1 / 64),
+        (MemoryMLP(activation="normed_gelu", norm=False), 64, 1 / 64),
     ],
 )
 def test_the_default_of_the_largest_theta(network, chunk_size, largest):

@@ -34,6 +34,9 @@ class MemoryMLP:
         norm: LayerNorm before the residual; its gain and bias are slow (ordinary learned) parameters.
         norm_eps: added to the variance in that norm.
 
+    To keep facts apart (docs/decisions.md): ``activation="normed_gelu", residual=False, norm=False``, in a
+    ``NeuralMemory`` with ``skip=False``.
+
     Its weights are one tuple: the linear maps ``[..., d_in, d_out]`` in order, then, when ``norm``, optionally gain and
     bias ``[..., D]``.
     """
