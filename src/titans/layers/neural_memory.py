@@ -74,7 +74,8 @@ class NeuralMemory(nn.Module):
             stays; "zero", the paper's; "none": nothing is forgotten.
         momentum: whether surprise carries on from token to token; False: eta is 0, plain gradient descent.
         skip: whether the token's own value, weighted by what is learned, stands beside what is read; not in the paper.
-            Without it a memory recalls better, and tracks a state worse (docs/decisions.md).
+            Without it a memory whose network has no norm learned recall better (BABILong), one with the norm a little
+            worse, and parity was not learned (docs/decisions.md).
         conv_size: length of the causal convolution over queries, keys and values; 1 for none.
         backend: see ``titans.memory.neural_memory``.
     """
