@@ -14,12 +14,13 @@ from titans.memory import MemoryMLP, MemoryState, neural_memory
 GATES = ("lr", "log_momentum", "log_retention")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NETWORKS = st.builds(
-    MemoryMLP,
+    lambda norm, online, **shape: MemoryMLP(norm=norm, online=online and not norm, **shape),
     depth=st.integers(1, 4),
     expansion=st.sampled_from([0.1, 0.5, 1, 1.5, 2]),
     activation=st.sampled_from(["gelu", "silu", "relu", "normed_gelu"]),
     residual=st.booleans(),
     norm=st.booleans(),
+    online=st.booleans(),
     norm_eps=st.sampled_from([1e-5, 1e-2]),
 )
 

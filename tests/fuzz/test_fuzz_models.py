@@ -25,6 +25,7 @@ SIZES = {
     "memory_activation": st.sampled_from(["gelu", "silu", "relu", "normed_gelu"]),
     "memory_residual": st.booleans(),
     "memory_norm": st.booleans(),
+    "memory_online": st.booleans(),
     "memory_gate": st.sampled_from(["sigmoid", "write"]),
     "memory_max_lr": st.none() | st.just(1e-3),
     "memory_forget": st.sampled_from(["start", "zero", "none"]),
@@ -57,7 +58,8 @@ def build(config: dict, seed: int) -> TitansForCausalLM:
 
 def draw_config(data) -> dict:
     small = data.draw(st.fixed_dictionaries(SMALL), "sizes")
-    return {**small, "num_hidden_layers": 1, **data.draw(CONFIGS, "config")}
+    config = {**small, "num_hidden_layers": 1, **data.draw(CONFIGS, "config")}
+    return config | ({"memory_norm": False} if config.get("memory_online") else {})
 
 
 def draw_mask(data, B: int, T: int) -> Tensor | None:

@@ -10,7 +10,7 @@ from titans.layers import MAC, MAG, MAL, NeuralMemory
 from titans.memory import MemoryMLP, pieces
 
 NETWORKS = {"default": MemoryMLP(), "depth 1": MemoryMLP(depth=1), "depth 4": MemoryMLP(depth=4, expansion=2),
-            "plain": MemoryMLP(residual=False, norm=False)}  # fmt: skip
+            "plain": MemoryMLP(residual=False, norm=False), "online": MemoryMLP(norm=False, online=True)}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
@@ -31,13 +31,14 @@ def test_every_parameter_of_every_memory_network(network):
     assert not [n for n, p in layer.named_parameters() if p.grad is None or not p.grad.any()]
 
 
-@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("norm", [True, False, "online"])
 @pytest.mark.parametrize(("depth", "chunk_size"), [(1, 64), (2, 64), (3, 64), (4, 64), (2, 16), (3, 16), (4, 16)])
 def test_gradients_stay_small_where_a_long_text_repeats(depth, chunk_size, norm):
     """Every chunk writes the same keys again, with a norm behind the maps or between them: with a largest theta of 0.1
     depth 3 and 4 get norms above 1e4 here."""
     torch.manual_seed(1)
-    network = MemoryMLP(depth, 1, activation="gelu" if norm else "normed_gelu", norm=norm)
+    kind = {"norm": True} if norm is True else {"activation": "normed_gelu", "norm": False, "online": norm == "online"}
+    network = MemoryMLP(depth, 1, **kind)
     memory = NeuralMemory(16, heads=1, chunk_size=chunk_size, network=network)
     y, _ = memory(torch.randn(1, 32, 16).repeat(1, 64, 1))
     y.square().mean().backward()
@@ -55,6 +56,8 @@ def test_gradients_stay_small_where_a_long_text_repeats(depth, chunk_size, norm)
         (MemoryMLP(norm=False), 4, 0.025),
         (MemoryMLP(1, norm=False), 64, 1 / 64),
         (MemoryMLP(activation="normed_gelu", norm=False), 64, 1 / 64),
+        (MemoryMLP(1, norm=False, online=True), 64, 0.5),
+        (MemoryMLP(2, norm=False, online=True), 64, 0.1 / 64),
     ],
 )
 def test_the_default_of_the_largest_theta(network, chunk_size, largest):

@@ -24,6 +24,9 @@ OPTIONS = {
     "plain depth4": MemoryMLP(depth=4, residual=False, norm=False, expansion=2),
     "normed": MemoryMLP(activation="normed_gelu", residual=False, norm=False, expansion=2),
     "normed depth3": MemoryMLP(depth=3, activation="normed_gelu", expansion=1.5),
+    "online": MemoryMLP(residual=False, norm=False, expansion=2, online=True),
+    "online depth1": MemoryMLP(depth=1, residual=False, norm=False, online=True),
+    "online depth3": MemoryMLP(depth=3, activation="normed_gelu", norm=False, expansion=1.5, online=True),
     "large eps": MemoryMLP(norm_eps=0.1),
 }
 

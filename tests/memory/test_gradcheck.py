@@ -6,7 +6,18 @@ from memory_cases import OPTIONS, PATHS, make
 
 from titans.memory import pieces
 
-NETWORKS = ["default", "depth1", "depth3", "depth4", "silu", "no residual", "no norm", "normed"]
+NETWORKS = [
+    "default",
+    "depth1",
+    "depth3",
+    "depth4",
+    "silu",
+    "no residual",
+    "no norm",
+    "normed",
+    "online",
+    "online depth1",
+]
 
 
 def check(case, backend, info, state=None):

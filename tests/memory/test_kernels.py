@@ -173,6 +173,7 @@ BAD = {
         {"network": MemoryMLP(activation="normed_gelu")},
         "network.activation='normed_gelu'; use gelu, silu or relu",
     ),
+    "online": ({"network": MemoryMLP(norm=False, online=True)}, "network.online=True; use False"),
     "depth": ({"network": MemoryMLP(depth=3)}, "network.depth=3; use 1 or 2"),
     "head dim": ({"D": 8}, "q has head dim 8; use one of"),
     "expansion": ({"network": MemoryMLP(expansion=1.5)}, "network.expansion=1.5 makes 24 hidden units"),

@@ -8,7 +8,7 @@ from memory_cases import OPTIONS, Case, assert_equal, make
 from tolerances import LOW_PRECISION
 
 SIZES = {"B": 2, "T": 64, "H": 2, "D": 16, "C": 16, "lr": 0.01}
-NETWORKS = ["default", "depth1", "depth3", "plain", "silu", "no residual", "normed"]
+NETWORKS = ["default", "depth1", "depth3", "plain", "silu", "no residual", "normed", "online", "online depth1"]
 
 
 def plain(case: Case) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -24,8 +24,12 @@ def plain(case: Case) -> tuple[torch.Tensor, list[torch.Tensor]]:
             frozen = memory
         used = [w.to(dtype) for w in frozen]
         k, v, q = (x[:, t].unsqueeze(2) for x in (case.k, case.v, case.q))
-        loss = (network.apply((*used, *norm), k) - v).square().sum()
-        grads = torch.autograd.grad(loss, used, create_graph=True)
+        if network.online:  # the value, without what the last map has come to answer since the chunk began
+            last = network.apply((*used[:-1], memory[-1].to(dtype)), k)
+            v = v - (last - network.apply(used, k))
+        here = [w.clone() for w in used]  # the value does not change with the weights the gradient is taken at
+        loss = (network.apply((*here, *norm), k) - v).square().sum()
+        grads = torch.autograd.grad(loss, here, create_graph=True)
         theta, eta, retention = (g[t] for g in gates)
         momentum = [eta * s - theta * g.float() for s, g in zip(momentum, grads, strict=True)]
         memory = [retention * w + s for w, s in zip(memory, momentum, strict=True)]

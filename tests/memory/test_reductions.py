@@ -17,9 +17,10 @@ def gates(case, **values):
 
 
 @backends
-def test_depth_1_online_without_momentum_is_the_gated_delta_rule(backend, info):
+@pytest.mark.parametrize(("network", "C"), [("plain depth1", 1), ("online depth1", 4), ("online depth1", 12)])
+def test_depth_1_online_without_momentum_is_the_gated_delta_rule(backend, info, network, C):
     """beta = 2 theta / (1 - alpha), v' = (1 - alpha) v (the 2 is the loss's)."""
-    case = gates(make(OPTIONS["plain depth1"], T=12, C=1, lr=0.3), log_momentum=MINUS_INFINITY)
+    case = gates(make(OPTIONS[network], T=12, C=C, lr=0.3), log_momentum=MINUS_INFINITY)
     out, state, _ = case.run(backend, info=info)
     (start,) = case.weights
     for b in range(2):
@@ -32,6 +33,19 @@ def test_depth_1_online_without_momentum_is_the_gated_delta_rule(backend, info):
                 S = S + beta * torch.outer(k, v - k @ S)
                 assert_equal(out[b, t, h], case.q[b, t, h] @ S)
             assert_equal(state.weights[0][b, h], S)
+
+
+@backends
+@pytest.mark.parametrize("forget", ["zero", "start"])
+def test_one_online_map_does_not_depend_on_the_chunk(backend, info, forget):
+    """Momentum and forgetting included, it is the rule of chunk 1."""
+    case = make(OPTIONS["online depth1"], T=15, C=1, lr=0.3).on(forget=forget)
+    exact = case.on(network=OPTIONS["plain depth1"], chunk_size=1)
+    for C in (1, 3, 5, 15):
+        out, state, _ = case.on(chunk_size=C).run(backend, info=info)
+        expected, end, _ = exact.run("reference")
+        assert_equal(out, expected)
+        assert_equal(state.weights, end.weights)
 
 
 @backends

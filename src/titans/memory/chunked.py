@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from titans.memory.gates import chunk_masks
+from titans.memory import online
+from titans.memory.gates import ChunkMasks, chunk_masks, narrow, widen
 from titans.memory.network import MemoryMLP, safe_sqrt
 from titans.memory.pieces import Cut
-from titans.memory.scan import advance_all, narrow, weights_of, widen
+from titans.memory.scan import advance_all, weights_of
 from titans.memory.state import MemoryState
 
 Tensors = Sequence[Tensor]
@@ -56,13 +57,14 @@ def chunked(
             continue
         piece = piece.repeat(H)
         q_, k_, v_, gates_ = (t.transpose(1, 2).flatten(0, 1) for t in (q_, k_, v_, gates_))
-        x, d, error = network.trace(weights_of(maps, base, dtype), norm, k_, v_)
+        masks = chunk_masks(piece.blank(gates_), piece.last)
+        settle = _settle(maps, held, pending, masks, transition) if network.online else None
+        x, d, error = network.trace(weights_of(maps, base, dtype), norm, k_, v_, settle)
         if info:
             surprises.append(_surprise(x, d, error.dtype))
             losses.append(error.square().sum(-1))
         filled = [piece.place(new, old, C) for new, old in zip((*x, *d), held, strict=True)]
         x, d = filled[:L], filled[L:]
-        masks = chunk_masks(piece.blank(gates_), piece.last)
         # tokens before this piece: their gradients fade with the memory and the momentum that hold them
         write = piece.place(masks.write.mT, pending @ masks.read.mT, C).mT
         out = network.forward(q_, _reader(maps, base, x, d, write, masks.read @ transition), norm)
@@ -108,17 +110,35 @@ def _flat(state: MemoryState) -> MemoryState:
     return state.map(lambda t: t.flatten(0, 1) if t.dim() > 3 else t)
 
 
+def _linear(i: int, map: Tensor, h: Tensor, x: Tensor, d: Tensor, write: Tensor, mix: Tensor) -> Tensor:
+    """h through the i-th map and its momentum, weighted by mix, and the gradients x d of a chunk's tokens, by write."""
+    scores, flat = (torch.bmm(h, x.to(h.dtype).mT) * write).to(h.dtype), map.to(h.dtype).flatten(1, 2)
+    held = narrow(torch.bmm(h, flat.mT), mix) if i else torch.bmm(widen(h, mix), flat)
+    return torch.baddbmm(held, scores, d.to(h.dtype), alpha=-1)
+
+
 def _reader(maps: Tensors, base: Tensors, x: Tensors, d: Tensors, write: Tensor, mix: Tensor):
     """The linear maps of the memory at every token of the piece, applied without being formed."""
 
     def linear(i: int, h: Tensor) -> Tensor:
-        scores, flat = (torch.bmm(h, x[i].to(h.dtype).mT) * write).to(h.dtype), maps[i].to(h.dtype).flatten(1, 2)
-        held = narrow(torch.bmm(h, flat.mT), mix) if i else torch.bmm(widen(h, mix), flat)
-        if base:
-            held = torch.baddbmm(held, h, (base[i].mT if i else base[i]).to(h.dtype))
-        return torch.baddbmm(held, scores, d[i].to(h.dtype), alpha=-1)
+        out = _linear(i, maps[i], h, x[i], d[i], write, mix)
+        return torch.baddbmm(out, h, (base[i].mT if i else base[i]).to(h.dtype)) if base else out
 
     return linear
+
+
+def _settle(maps: Tensors, held: Sequence[Tensor | None], pending: Tensor, masks: ChunkMasks, transition: Tensor):
+    """Signals of the last map at the memory as it stands, from its inputs and its signals at the chunk's start."""
+    since, read = online.since_start(masks, transition)
+    past, last = (pending @ read.mT).mT, len(maps) - 1  # weights of the open chunk's tokens, which are ``held``
+    inputs, signals = held[last], held[-1]
+
+    def settle(x: Tensor, signal: Tensor) -> Tensor:
+        tokens = (x[:, :0], signal[:, :0]) if inputs is None or signals is None else (inputs, signals)
+        moved = _linear(last, maps[last], x, *tokens, past[..., : tokens[0].shape[1]], since.read)
+        return online.solve(2 * since.write * torch.bmm(x, x.mT), signal + 2 * moved).to(signal.dtype)
+
+    return settle
 
 
 def _surprise(x: Tensors, d: Tensors, dtype: torch.dtype) -> Tensor:

@@ -53,6 +53,22 @@ def chunk_masks(gates: Tensor, last: Tensor | None = None) -> ChunkMasks:
     return ChunkMasks(write, read, to_state, transition)
 
 
+def widen(x: Tensor, mix: Tensor) -> Tensor:
+    """x [..., C, d] times each of its tokens' two weights [..., C, 2], side by side: [..., C, 2 d]."""
+    return (x.unsqueeze(-2) * mix.unsqueeze(-1)).flatten(-2).to(x.dtype)
+
+
+def narrow(pair: Tensor, mix: Tensor) -> Tensor:
+    """The transpose of ``widen``: [..., C, 2 d] -> [..., C, d], the two halves weighted and added."""
+    a, b = pair.chunk(2, -1)
+    return torch.addcmul(a * mix[..., :1], b, mix[..., 1:]).to(pair.dtype)
+
+
+def weights_grad(pair: Tensor, x: Tensor) -> Tensor:
+    """Gradient of the two weights [..., C, 2], where x [..., C, d] met the pair [..., C, 2 d] through them."""
+    return (pair.unflatten(-1, (2, -1)) * x.unsqueeze(-2)).sum(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 def _row(x: Tensor, index: Tensor | None) -> Tensor:
     """``x[..., index, :]`` for x [..., C, n]; the last row for None."""
     if index is None:

@@ -33,6 +33,9 @@ class MemoryMLP:
         residual: add the input to the output.
         norm: LayerNorm before the residual; its gain and bias are slow (ordinary learned) parameters.
         norm_eps: added to the variance in that norm.
+        online: take the last map's error at the memory as it stands, not as its chunk began: what a chunk has written
+            already is not written again. With one map every token is then exact at any ``chunk_size``, as with 1; below
+            the last map gradients stay those of the chunk's start. Needs ``norm=False``.
 
     To keep facts apart (docs/decisions.md): ``activation="normed_gelu", residual=False, norm=False``, in a
     ``NeuralMemory`` with ``skip=False``.
@@ -47,6 +50,7 @@ class MemoryMLP:
     residual: bool = True
     norm: bool = True
     norm_eps: float = 1e-5
+    online: bool = False
 
     def __post_init__(self):
         if not isinstance(self.depth, int) or not 1 <= self.depth <= 4:
@@ -55,9 +59,11 @@ class MemoryMLP:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, got {value!r}; use a number")
-        for name in ("residual", "norm"):
+        for name in ("residual", "norm", "online"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.online and self.norm:
+            raise ValueError("online must be False with a norm, behind which no error is linear in the last map")
         if self.activation not in list(ACTIVATIONS):
             raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {self.activation!r}")
 
@@ -113,13 +119,15 @@ class MemoryMLP:
         return self.forward(x, lambda i, h: h @ maps[i], affine)
 
     def trace(
-        self, maps: Sequence[Tensor], affine: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        self, maps: Sequence[Tensor], affine: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor,
+        settle: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:  # fmt: skip
         """Forward of the keys and backward of ``||M(k) - v||^2``, all tokens at the same weights, in closed form.
 
         Args:
             maps: linear maps [..., d_in, d_out]; affine: gain and bias, broadcastable to k.
             k, v: keys and values [..., T, D].
+            settle: inputs and signals of the last map -> its signals at the memory as it stands (``online.py``).
 
         Returns:
             The inputs x^i [..., T, d_in] of every map, the loss's gradients d^i [..., T, d_out] at every map's output,
@@ -132,6 +140,9 @@ class MemoryMLP:
             inputs.append(value(outputs[-1]))
         offset, gain = self.offset(k, v, affine), affine and affine[0]
         signal, error, _ = self.output_signal(inputs[-1] @ maps[-1], gain, offset)
+        if settle is not None:
+            signal = settle(inputs[-1], signal)
+            error = 0.5 * at_least_float32(signal)
         signals = [signal]
         for w, z in zip(reversed(maps[1:]), reversed(outputs), strict=True):
             signals.append(slope(signals[-1] @ w.mT, z))

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from titans.memory.gates import chunk_masks
+from titans.memory import online
+from titans.memory.gates import chunk_masks, narrow, weights_grad, widen
 from titans.memory.network import MemoryMLP
 
 Tensors = Sequence[Tensor]
@@ -43,21 +44,12 @@ def scan(
     scores = (q_ @ k_.mT * masks.write).to(q.dtype)
     base_q = torch.einsum("ngcd,gdh->ngch", q_, base[0].to(q.dtype)) if base else None
     first = widen(q_, masks.read), base_q, scores, k_, widen(k_, masks.to_state)
+    same = torch.eye(2, dtype=masks.read.dtype, device=q.device)
+    since = online.since_start(masks, same)[0] if network.online else (None, None)
     offset, gain = network.offset(k_, v_, affine), affine and affine[0]
-    out, *end = _Scan.apply(network, *first, offset, *masks, gain, *base, *maps)  # type: ignore[misc]
+    out, *end = _Scan.apply(network, *first, offset, *masks, *since, gain, *base, *maps)  # type: ignore[misc]
     out = network.finish(q_, out, affine).unflatten(1, (q.shape[0], -1))
     return out.permute(1, 0, 3, 2, 4).flatten(1, 2), end
-
-
-def widen(x: Tensor, mix: Tensor) -> Tensor:
-    """x [..., C, d] times each of its tokens' two weights [..., C, 2], side by side: [..., C, 2 d]."""
-    return (x.unsqueeze(-2) * mix.unsqueeze(-1)).flatten(-2).to(x.dtype)
-
-
-def narrow(pair: Tensor, mix: Tensor) -> Tensor:
-    """The transpose of ``widen``: [..., C, 2 d] -> [..., C, d], the two halves weighted and added."""
-    a, b = pair.chunk(2, -1)
-    return torch.addcmul(a * mix[..., :1], b, mix[..., 1:]).to(pair.dtype)
 
 
 def weights_of(maps: Tensors, base: Tensors, dtype: torch.dtype) -> list[Tensor]:
@@ -106,6 +98,7 @@ class _Chunk(NamedTuple):
     left: Tensors
     right: Tensors
     norm: Tensors
+    settled: Tensors  # of an online memory
 
 
 class _Inputs(NamedTuple):
@@ -121,10 +114,17 @@ class _Inputs(NamedTuple):
     read: Tensor
     to_state: Tensor
     transition: Tensor
+    since_write: Tensor | None  # of an online memory
+    since_read: Tensor | None
 
     def chunks(self) -> list["_Inputs"]:
         each = (repeat(None, len(self.k)) if t is None else t.unbind(0) for t in self)
         return [_Inputs(*tensors) for tensors in zip(*each, strict=True)]
+
+    @property
+    def since(self) -> online.Since:
+        """What came since the chunk began, of an online memory."""
+        return online.Since(self.since_write, self.since_read)  # type: ignore[arg-type]
 
     def like(self) -> "_Inputs":
         """Places for their gradients: zeros where several are added up."""
@@ -146,11 +146,13 @@ def _forward(network: MemoryMLP, t: _Inputs, gain, base: Tensors, maps: Tensors)
         x.append(value(z[-1]))
     z.append(torch.bmm(x[-1], W[-1]))
     signal, _, norm = network.output_signal(z[-1], gain, t.offset)
+    flat, settled = [m.to(dtype).flatten(1, 2) for m in maps], ()
+    if network.online:
+        signal, settled = online.settle(x[-1], signal, flat[-1], network.depth == 1, t.since)
     d, u = [signal], []
     for w, z_i in zip(reversed(W[1:]), reversed(z[:-1]), strict=True):
         u.insert(0, torch.bmm(d[0], w.mT))
         d.insert(0, slope(u[0], z_i))
-    flat = [m.to(dtype).flatten(1, 2) for m in maps]
     r = [torch.bmm(t.wide_q, flat[0]) if t.base_q is None else torch.baddbmm(t.base_q, t.wide_q, flat[0])]
     _add_product(r[0], t.scores, d[0], -1)
     h, both, raw, scores = [], [], [], []
@@ -166,7 +168,7 @@ def _forward(network: MemoryMLP, t: _Inputs, gain, base: Tensors, maps: Tensors)
     sides = [(t.wide_k, d[0]), *(factors(i, x[i], d[i], t.to_state) for i in range(1, network.depth))]
     new = [advance(m, *side, t.transition) for m, side in zip(maps, sides, strict=True)]
     left, right = zip(*sides, strict=True)
-    return r[-1], new, _Chunk(maps, x, z, u, d, h, r[:-1], both, raw, scores, left, right, norm)
+    return r[-1], new, _Chunk(maps, x, z, u, d, h, r[:-1], both, raw, scores, left, right, norm, settled)
 
 
 class _Scan(torch.autograd.Function):
@@ -219,7 +221,7 @@ def _backward_advance(s: _Chunk, t: _Inputs, gmaps: Tensors, gt: _Inputs):
         if i:
             gx.append(gright)
             gd.append(narrow(gleft, t.to_state))
-            gt.to_state.add_(_weights_grad(gleft, s.d[i]))
+            gt.to_state.add_(weights_grad(gleft, s.d[i]))
         else:
             gx.append(gt.k)
             gd.append(gright)
@@ -237,7 +239,7 @@ def _backward_read(network: MemoryMLP, s: _Chunk, t: _Inputs, base: Tensors, gr,
         h, x, both, raw, scores = s.h[i - 1], s.x[i], s.both[i - 1], s.raw[i - 1], s.scores[i - 1]
         gscores, gboth = torch.bmm(gr, s.d[i].mT).neg_(), widen(gr, t.read)
         _add_product(gd[i], scores.mT, gr, -1)
-        gt.read.add_(_weights_grad(both, gr))
+        gt.read.add_(weights_grad(both, gr))
         _add_product(gmaps[i].flatten(1, 2), gboth.mT, h)
         gt.write.addcmul_(gscores, raw)
         gscores = (gscores * t.write).to(dtype)
@@ -262,7 +264,14 @@ def _backward_keys(network: MemoryMLP, s: _Chunk, t: _Inputs, gain, base: Tensor
     for i in range(network.depth - 1):
         gu.append(f.push(gd[i], s.z[i]))
         gd[i + 1].baddbmm_(gu[i], W[i + 1])
-    gz, goffset, ggain_here = network.output_signal_backward(s.z[-1], gain, t.offset, s.norm, s.d[-1], gd[-1])
+    gsignal = gd[-1]
+    if network.online:
+        first, flat = network.depth == 1, s.maps[-1].to(t.k.dtype).flatten(1, 2)
+        kept, gflat = online.Kept(*s.settled), gmaps[-1].flatten(1, 2)
+        gsignal, gsince = online.settle_backward(gsignal, s.x[-1], flat, first, t.since, kept, gx[-1], gflat)
+        for place, g in zip(gt.since, gsince, strict=True):
+            place.copy_(g)
+    gz, goffset, ggain_here = network.output_signal_backward(s.z[-1], gain, t.offset, s.norm, s.d[-1], gsignal)
     gt.offset.copy_(goffset)
     if ggain is not None:
         ggain += ggain_here
@@ -276,11 +285,6 @@ def _backward_keys(network: MemoryMLP, s: _Chunk, t: _Inputs, gain, base: Tensor
         gx[i].baddbmm_(gz, W[i].mT)
         if i:
             gz = f.slope(gx[i], s.z[i - 1]).add_(f.curvature(gd[i - 1], s.u[i - 1], s.z[i - 1]))
-
-
-def _weights_grad(pair: Tensor, x: Tensor) -> Tensor:
-    """Gradient of the two weights [..., C, 2], where x [..., C, d] met the pair [..., C, 2 d] through them."""
-    return (pair.unflatten(-1, (2, -1)) * x.unsqueeze(-2)).sum(-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

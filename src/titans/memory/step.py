@@ -56,6 +56,7 @@ class Stepper:
         since = torch.cat([state.since_start().mT, state.pending], 2).flatten(0, 1).movedim(-1, 0)
         self.weights = torch.cat([torch.ones_like(since[..., :1]), since], -1).unsqueeze(2)  # [2, G, 1, 3 + C]
         self.fading, self.mix = self.weights[..., 1:], self.weights[0, ..., :3]
+        self.start = torch.tensor([1.0, 1.0, 0.0], dtype=dtype, device=self.mix.device)  # ``mix`` as a chunk begins
         self.read, self.conv = int(state.position[0]), state.conv
 
     @property
@@ -79,21 +80,27 @@ class Stepper:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
         """Writes one token and reads: q, k, v [G, 1, D], gates [3, G, 1, 1] = (lr, log_momentum, log_retention)."""
-        network, end = self.network, self.slot + 1
+        network = self.network
         self._write(k, v)
         write, h = self._weigh(gates), q
-        for i, (map, x, d) in enumerate(zip(self.three, self.inputs, self.signals, strict=True)):
-            if i:
-                r = torch.bmm(self.mix, torch.bmm(h, map).view(len(h), 3, -1))
-            else:
-                r = torch.bmm((h * self.mix.mT).view(len(h), 1, -1), map)
-            r = torch.baddbmm(r, torch.bmm(h, x[:, :end].mT) * write, d[:, :end], alpha=-1)
+        for i in range(network.depth):
+            r = self._linear(i, h, self.mix, write)
             h = self.value(r) if i < network.depth - 1 else r
         out = network.finish(q, h, self.affine)  # type: ignore[arg-type]
         self.read += 1
         if self.slot == 0:
             self._close()
         return out
+
+    def _linear(self, i: int, h: Tensor, mix: Tensor, write: Tensor) -> Tensor:
+        """The i-th map at h: its three parts weighted by mix [G, 1, 3], the open chunk's tokens by write [G, 1, n]."""
+        n = write.shape[-1]
+        if i:
+            r = torch.bmm(mix, torch.bmm(h, self.three[i]).view(len(h), 3, -1))
+        else:
+            r = torch.bmm((h * mix.mT).view(len(h), 1, -1), self.three[i])
+        scores = torch.bmm(h, self.inputs[i][:, :n].mT) * write
+        return torch.baddbmm(r, scores, self.signals[i][:, :n], alpha=-1)
 
     def _weigh(self, gates: Tensor) -> Tensor:
         """Brings ``weights`` to the new token; weights of the chunk's tokens in the memory [G, 1, n]."""
@@ -119,6 +126,9 @@ class Stepper:
             inputs[:, slot : slot + 1] = x
         gain = self.affine and self.affine[0]
         d = network.output_signal(outputs[-1], gain, network.offset(k, v, self.affine))[0]  # type: ignore[arg-type]
+        if network.online:  # what the chunk has written already
+            since = self.mix - self.start
+            d = d + 2 * self._linear(network.depth - 1, x, since, self.weights[0, ..., 3 : slot + 3])
         for i in reversed(range(network.depth)):
             self.signals[i][:, slot : slot + 1] = d
             if i:

@@ -33,7 +33,7 @@ class TitansConfig(PreTrainedConfig):
         memory_head_dim: width of a memory's keys and values; default ``hidden_size // num_memory_heads``.
         memory_depth: linear maps of the memory network, 1 to 4.
         memory_expansion: hidden width of the memory network over its head width.
-        memory_activation, memory_residual, memory_norm: see ``titans.memory.MemoryMLP``.
+        memory_activation, memory_residual, memory_norm, memory_online: see ``titans.memory.MemoryMLP``.
         memory_gate: ``"sigmoid"`` or ``"write"``, see ``titans.NeuralMemory``.
         memory_write_price: in training this much times the mean write gate of all tokens, heads and layers is added to
             the loss, so that what need not be written is not. 0.1 is a start; needs ``memory_gate="write"``.
@@ -71,6 +71,7 @@ class TitansConfig(PreTrainedConfig):
     memory_activation: str = "gelu"
     memory_residual: bool = True
     memory_norm: bool = True
+    memory_online: bool = False
     memory_gate: str = "sigmoid"
     memory_write_price: float | int = 0.0
     memory_max_lr: float | None = None
@@ -115,7 +116,12 @@ class TitansConfig(PreTrainedConfig):
     def memory_network(self) -> MemoryMLP:
         """The memory network's shape."""
         return MemoryMLP(
-            self.memory_depth, self.memory_expansion, self.memory_activation, self.memory_residual, self.memory_norm
+            self.memory_depth,
+            self.memory_expansion,
+            self.memory_activation,
+            self.memory_residual,
+            self.memory_norm,
+            online=self.memory_online,
         )
 
     def _check(self) -> None:

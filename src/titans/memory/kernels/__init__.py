@@ -25,8 +25,10 @@ def unsupported(q: Tensor, network: MemoryMLP, chunk_size: int) -> str | None:
         return f"q is {q.dtype}; use float32 or bfloat16"
     if network.depth > 2:
         return f"network.depth={network.depth}; use 1 or 2"
-    if not network.functions.pointwise:
+    if network.depth > 1 and not network.functions.pointwise:
         return f"network.activation={network.activation!r}; use gelu, silu or relu"
+    if network.online:
+        return "network.online=True; use False"
     if head_dim not in HEAD_DIMS:
         return f"q has head dim {head_dim}; use one of {HEAD_DIMS}"
     if hidden % 16:
