@@ -21,7 +21,7 @@ FORGET = ("zero", "start")
 
 
 class MemoryInfo(NamedTuple):
-    """What the memory felt, all [B, T, H], at the weights its chunk began with.
+    """What the memory felt, all [B, T, H], at the weights its chunk began with (an online last map: as it stood).
 
     ``surprise``: norm of the gradient of the loss; ``loss``: ``||M(k) - v||^2`` before the token was written.
     """
@@ -50,7 +50,8 @@ def neural_memory(
     """Neural memory that learns while it reads (arXiv 2501.00663, eqs. 12-16 and 18; memory/README.md).
 
     For every token: ``S = eta S - theta grad ||M(k) - v||^2``, ``M = (1 - alpha) M + S``, ``y = M(q)``, with the
-    gradient taken at the memory with which the token's chunk began. The read includes the token just written.
+    gradient taken at the memory with which the token's chunk began (but see ``MemoryMLP.online``). The read includes
+    the token just written.
 
     Args:
         q, k, v: queries, keys, values [B, T, H, D], all of one floating dtype; bfloat16 and float16 compute matrix
