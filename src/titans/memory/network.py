@@ -37,8 +37,8 @@ class MemoryMLP:
             already is not written again. With one map every token is then exact at any ``chunk_size``, as with 1; below
             the last map gradients stay those of the chunk's start. Needs ``norm=False``.
 
-    To keep facts apart (docs/decisions.md): ``activation="normed_gelu", residual=False, norm=False``, in a
-    ``NeuralMemory`` with ``skip=False``.
+    To keep facts apart (docs/decisions.md): ``depth=1, residual=False, norm=False, online=True``, in a ``NeuralMemory``
+    with ``skip=False, momentum=False``.
 
     Its weights are one tuple: the linear maps ``[..., d_in, d_out]`` in order, then, when ``norm``, optionally gain and
     bias ``[..., D]``.
