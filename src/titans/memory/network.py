@@ -38,7 +38,7 @@ class MemoryMLP:
             the last map gradients stay those of the chunk's start. Needs ``norm=False``.
 
     To keep facts apart (docs/decisions.md): ``depth=1, residual=False, norm=False, online=True``, in a ``NeuralMemory``
-    with ``skip=False, momentum=False``.
+    with ``skip=False``.
 
     Its weights are one tuple: the linear maps ``[..., d_in, d_out]`` in order, then, when ``norm``, optionally gain and
     bias ``[..., D]``.
