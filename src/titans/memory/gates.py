@@ -1,4 +1,4 @@
-"""Decay masks of one chunk, from gates in log space (README.md, section 2)."""
+"""Decay masks of one chunk, from gates in log space, and how a token's two weights meet it (README.md, section 2)."""
 
 from typing import NamedTuple
 
