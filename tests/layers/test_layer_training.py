@@ -12,6 +12,9 @@ from titans.memory import MemoryMLP, pieces
 NETWORKS = {"default": MemoryMLP(), "depth 1": MemoryMLP(depth=1), "depth 4": MemoryMLP(depth=4, expansion=2),
             "plain": MemoryMLP(residual=False, norm=False), "online": MemoryMLP(norm=False, online=True)}  # fmt: skip
 
+KINDS = {"norm": {}, "normed": {"activation": "normed_gelu", "norm": False},
+         "online": {"activation": "normed_gelu", "norm": False, "online": True}}  # fmt: skip
+
 
 @pytest.mark.parametrize(("name", "size"), CASES)
 @pytest.mark.parametrize("gate", ["sigmoid", "write"])
@@ -31,14 +34,13 @@ def test_every_parameter_of_every_memory_network(network):
     assert not [n for n, p in layer.named_parameters() if p.grad is None or not p.grad.any()]
 
 
-@pytest.mark.parametrize("norm", [True, False, "online"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("depth", "chunk_size"), [(1, 64), (2, 64), (3, 64), (4, 64), (2, 16), (3, 16), (4, 16)])
-def test_gradients_stay_small_where_a_long_text_repeats(depth, chunk_size, norm):
+def test_gradients_stay_small_where_a_long_text_repeats(depth, chunk_size, kind):
     """Every chunk writes the same keys again, with a norm behind the maps or between them: with a largest theta of 0.1
     depth 3 and 4 get norms above 1e4 here."""
     torch.manual_seed(1)
-    kind = {"norm": True} if norm is True else {"activation": "normed_gelu", "norm": False, "online": norm == "online"}
-    network = MemoryMLP(depth, 1, **kind)
+    network = MemoryMLP(depth, 1, **KINDS[kind])
     memory = NeuralMemory(16, heads=1, chunk_size=chunk_size, network=network)
     y, _ = memory(torch.randn(1, 32, 16).repeat(1, 64, 1))
     y.square().mean().backward()

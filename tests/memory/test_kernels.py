@@ -24,6 +24,7 @@ C = 16
 NETWORKS = {  # and hidden units at a time
     "depth1": (MemoryMLP(depth=1), 32),
     "depth1 plain": (MemoryMLP(depth=1, residual=False, norm=False), 32),
+    "depth1 normed": (MemoryMLP(depth=1, activation="normed_gelu", norm=False), 32),  # unused there
     "expansion 1": (MemoryMLP(expansion=1), 64),
     "expansion 2, in blocks": (MemoryMLP(expansion=2), 16),
     "expansion 3, in blocks": (MemoryMLP(expansion=3, activation="silu", residual=False), 64),

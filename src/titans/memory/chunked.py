@@ -110,33 +110,30 @@ def _flat(state: MemoryState) -> MemoryState:
     return state.map(lambda t: t.flatten(0, 1) if t.dim() > 3 else t)
 
 
-def _linear(i: int, map: Tensor, h: Tensor, x: Tensor, d: Tensor, write: Tensor, mix: Tensor) -> Tensor:
-    """h through the i-th map and its momentum, weighted by mix, and the gradients x d of a chunk's tokens, by write."""
-    scores, flat = (torch.bmm(h, x.to(h.dtype).mT) * write).to(h.dtype), map.to(h.dtype).flatten(1, 2)
-    held = narrow(torch.bmm(h, flat.mT), mix) if i else torch.bmm(widen(h, mix), flat)
-    return torch.baddbmm(held, scores, d.to(h.dtype), alpha=-1)
-
-
 def _reader(maps: Tensors, base: Tensors, x: Tensors, d: Tensors, write: Tensor, mix: Tensor):
     """The linear maps of the memory at every token of the piece, applied without being formed."""
 
     def linear(i: int, h: Tensor) -> Tensor:
-        out = _linear(i, maps[i], h, x[i], d[i], write, mix)
-        return torch.baddbmm(out, h, (base[i].mT if i else base[i]).to(h.dtype)) if base else out
+        scores, flat = (torch.bmm(h, x[i].to(h.dtype).mT) * write).to(h.dtype), maps[i].to(h.dtype).flatten(1, 2)
+        held = narrow(torch.bmm(h, flat.mT), mix) if i else torch.bmm(widen(h, mix), flat)
+        if base:
+            held = torch.baddbmm(held, h, (base[i].mT if i else base[i]).to(h.dtype))
+        return torch.baddbmm(held, scores, d[i].to(h.dtype), alpha=-1)
 
     return linear
 
 
 def _settle(maps: Tensors, held: Sequence[Tensor | None], pending: Tensor, masks: ChunkMasks, transition: Tensor):
-    """Signals of the last map at the memory as it stands, from its inputs and its signals at the chunk's start."""
-    since, read = online.since_start(masks, transition)
-    past, last = (pending @ read.mT).mT, len(maps) - 1  # weights of the open chunk's tokens, which are ``held``
-    inputs, signals = held[last], held[-1]
+    """``online.settle`` where the chunk is open already: its tokens, which are ``held``, have written before these."""
+    write, read = online.before(masks)
+    since, past = online.since_start(write, read @ transition), (pending @ read.mT).mT
+    last, inputs, signals = len(maps) - 1, held[len(maps) - 1], held[-1]
 
     def settle(x: Tensor, signal: Tensor) -> Tensor:
-        tokens = (x[:, :0], signal[:, :0]) if inputs is None or signals is None else (inputs, signals)
-        moved = _linear(last, maps[last], x, *tokens, past[..., : tokens[0].shape[1]], since.read)
-        return online.solve(2 * since.write * torch.bmm(x, x.mT), signal + 2 * moved).to(signal.dtype)
+        if inputs is not None and signals is not None:
+            scores = (torch.bmm(x, inputs.to(x.dtype).mT) * past).to(x.dtype)
+            signal = torch.baddbmm(signal, scores, signals.to(x.dtype), alpha=-2)
+        return online.settle(x, signal, maps[last].to(x.dtype).flatten(1, 2), last == 0, since)[0]
 
     return settle
 

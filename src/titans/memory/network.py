@@ -23,7 +23,7 @@ Linear = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class MemoryMLP:
-    """Shape of the memory network, ``M(x) = x + norm(W_L act(... act(W_1 x)))`` (arXiv 2501.00663, section 3.1).
+    """The memory network, ``M(x) = x + norm(W_L act(... act(W_1 x)))`` (arXiv 2501.00663, section 3.1), and its errors.
 
     Args:
         depth: number of linear maps L, 1 to 4.

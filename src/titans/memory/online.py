@@ -24,20 +24,17 @@ class Since(NamedTuple):
     read: Tensor
 
 
-def since_start(masks: ChunkMasks, transition: Tensor) -> tuple[Since, Tensor]:
-    """
-    Args:
-        masks: of some tokens of a chunk.
-        transition: [..., 2, 2], what map and momentum had become before them.
-
-    Returns:
-        What came since, and the weights [..., C, 2] of memory and momentum before these tokens in the memory before
-        each of them.
-    """
+def before(masks: ChunkMasks) -> tuple[Tensor, Tensor]:
+    """``write`` and ``read`` one token earlier: of the memory before each token is written."""
     nothing, untouched = torch.zeros_like(masks.write[..., :1, :]), torch.zeros_like(masks.read[..., :1, :])
     untouched[..., 0] = 1
-    read = torch.cat([untouched, masks.read[..., :-1, :]], -2)
-    return Since(torch.cat([nothing, masks.write[..., :-1, :]], -2), read @ transition - untouched), read
+    write = torch.cat([nothing, masks.write[..., :-1, :]], -2)
+    return write, torch.cat([untouched, masks.read[..., :-1, :]], -2)
+
+
+def since_start(write: Tensor, read: Tensor) -> Since:
+    """Of ``before``'s results, ``read`` counted from the chunk's start."""
+    return Since(write, torch.cat([read[..., :1] - 1, read[..., 1:]], -1))
 
 
 def solve(system: Tensor, right: Tensor, transposed: bool = False) -> Tensor:

@@ -44,8 +44,7 @@ def scan(
     scores = (q_ @ k_.mT * masks.write).to(q.dtype)
     base_q = torch.einsum("ngcd,gdh->ngch", q_, base[0].to(q.dtype)) if base else None
     first = widen(q_, masks.read), base_q, scores, k_, widen(k_, masks.to_state)
-    same = torch.eye(2, dtype=masks.read.dtype, device=q.device)
-    since = online.since_start(masks, same)[0] if network.online else (None, None)
+    since = online.since_start(*online.before(masks)) if network.online else (None, None)
     offset, gain = network.offset(k_, v_, affine), affine and affine[0]
     out, *end = _Scan.apply(network, *first, offset, *masks, *since, gain, *base, *maps)  # type: ignore[misc]
     out = network.finish(q_, out, affine).unflatten(1, (q.shape[0], -1))
