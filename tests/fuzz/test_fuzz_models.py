@@ -22,7 +22,7 @@ SIZES = {
     "memory_head_dim": st.none() | st.integers(3, 6),
     "memory_depth": st.integers(1, 4),
     "memory_expansion": st.sampled_from([0.5, 1, 2]),
-    "memory_activation": st.sampled_from(["gelu", "silu", "relu", "normed_gelu"]),
+    "memory_activation": st.sampled_from(["gelu", "silu", "relu"]),
     "memory_residual": st.booleans(),
     "memory_norm": st.booleans(),
     "memory_online": st.booleans(),
@@ -59,7 +59,7 @@ def build(config: dict, seed: int) -> TitansForCausalLM:
 def draw_config(data) -> dict:
     small = data.draw(st.fixed_dictionaries(SMALL), "sizes")
     config = {**small, "num_hidden_layers": 1, **data.draw(CONFIGS, "config")}
-    return config | ({"memory_norm": False} if config.get("memory_online") else {})
+    return config | ({"memory_depth": 1, "memory_norm": False} if config.get("memory_online") else {})
 
 
 def draw_mask(data, B: int, T: int) -> Tensor | None:

@@ -13,9 +13,7 @@ T = 30
 NETWORKS = {
     "depth 1": MemoryMLP(depth=1), "depth 3": MemoryMLP(depth=3), "silu": MemoryMLP(activation="silu"),
     "no norm": MemoryMLP(norm=False), "no residual": MemoryMLP(residual=False),
-    "online": MemoryMLP(residual=False, norm=False, expansion=2, online=True),
-    "online depth 1": MemoryMLP(depth=1, norm=False, online=True),
-    "normed": MemoryMLP(activation="normed_gelu", residual=False, norm=False),
+    "online": MemoryMLP(depth=1, norm=False, online=True),
 }  # fmt: skip
 
 

@@ -22,11 +22,8 @@ OPTIONS = {
     "plain": MemoryMLP(residual=False, norm=False),
     "plain depth1": MemoryMLP(depth=1, residual=False, norm=False),
     "plain depth4": MemoryMLP(depth=4, residual=False, norm=False, expansion=2),
-    "normed": MemoryMLP(activation="normed_gelu", residual=False, norm=False, expansion=2),
-    "normed depth3": MemoryMLP(depth=3, activation="normed_gelu", expansion=1.5),
-    "online": MemoryMLP(residual=False, norm=False, expansion=2, online=True),
-    "online depth1": MemoryMLP(depth=1, residual=False, norm=False, online=True),
-    "online depth3": MemoryMLP(depth=3, activation="normed_gelu", norm=False, expansion=1.5, online=True),
+    "online": MemoryMLP(depth=1, norm=False, online=True),
+    "plain online": MemoryMLP(depth=1, residual=False, norm=False, online=True),
     "large eps": MemoryMLP(norm_eps=0.1),
 }
 

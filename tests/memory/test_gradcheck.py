@@ -14,9 +14,7 @@ NETWORKS = [
     "silu",
     "no residual",
     "no norm",
-    "normed",
     "online",
-    "online depth1",
 ]
 
 

@@ -24,7 +24,7 @@ C = 16
 NETWORKS = {  # and hidden units at a time
     "depth1": (MemoryMLP(depth=1), 32),
     "depth1 plain": (MemoryMLP(depth=1, residual=False, norm=False), 32),
-    "depth1 normed": (MemoryMLP(depth=1, activation="normed_gelu", norm=False), 32),  # unused there
+    "online": (MemoryMLP(depth=1, norm=False, online=True), 32),
     "expansion 1": (MemoryMLP(expansion=1), 64),
     "expansion 2, in blocks": (MemoryMLP(expansion=2), 16),
     "expansion 3, in blocks": (MemoryMLP(expansion=3, activation="silu", residual=False), 64),
@@ -153,7 +153,7 @@ def test_two_backward_passes_agree():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("name", ["depth1", "expansion 2, in blocks", "plain"])
+@pytest.mark.parametrize("name", ["depth1", "online", "expansion 2, in blocks", "plain"])
 def test_bfloat16_errs_at_most_twice_as_much_as_chunked(name):
     """Root mean square over two draws, so that one unlucky rounding decides nothing."""
     errors = {"chunked": Counter(), "triton": Counter()}
@@ -170,11 +170,6 @@ def test_bfloat16_errs_at_most_twice_as_much_as_chunked(name):
 
 BAD = {
     "float64": ({"dtype": torch.float64}, "q is torch.float64; use float32"),
-    "activation": (
-        {"network": MemoryMLP(activation="normed_gelu")},
-        "network.activation='normed_gelu'; use gelu, silu or relu",
-    ),
-    "online": ({"network": MemoryMLP(norm=False, online=True)}, "network.online=True; use False"),
     "depth": ({"network": MemoryMLP(depth=3)}, "network.depth=3; use 1 or 2"),
     "head dim": ({"D": 8}, "q has head dim 8; use one of"),
     "expansion": ({"network": MemoryMLP(expansion=1.5)}, "network.expansion=1.5 makes 24 hidden units"),
@@ -207,13 +202,20 @@ def test_auto_on_a_gpu_takes_the_kernels(monkeypatch):
     assert dispatch._fast_path("auto", ON_GPU, MemoryMLP(), C) is dispatch.scan  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("triton, chunk, reason", [("3.6.0", C, "and 3.6.0 is"), ("3.9.0", 8, "chunk")])
-def test_auto_on_a_gpu_says_once_why_not(triton, chunk, reason, monkeypatch):
+@pytest.mark.parametrize(
+    "triton, network, chunk, reason",
+    [
+        ("3.6.0", MemoryMLP(), C, "and 3.6.0 is"),
+        ("3.9.0", MemoryMLP(), 8, "chunk"),
+        ("3.9.0", NETWORKS["online"][0], C, "of an online memory they have not run on a GPU"),
+    ],
+)
+def test_auto_on_a_gpu_says_once_why_not(triton, network, chunk, reason, monkeypatch):
     monkeypatch.setattr("triton.__version__", triton)
     dispatch._warn_once.cache_clear()
     with pytest.warns(UserWarning, match=f"backend='auto' takes 'chunked', not the faster kernels: .*{reason}") as seen:
         for _ in range(2):
-            assert dispatch._fast_path("auto", ON_GPU, MemoryMLP(), chunk) is dispatch.scan  # type: ignore[arg-type]
+            assert dispatch._fast_path("auto", ON_GPU, network, chunk) is dispatch.scan  # type: ignore[arg-type]
     assert len(seen) == 1
 
 
@@ -241,4 +243,4 @@ def test_they_compile_for_a_gpu(tmp_path):
         [sys.executable, script], env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.split() == ["forward", "backward"] * 2
+    assert run.stdout.split() == ["forward", "backward"] * 3

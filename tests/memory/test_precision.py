@@ -8,7 +8,7 @@ from memory_cases import OPTIONS, Case, assert_equal, make
 from tolerances import LOW_PRECISION
 
 SIZES = {"B": 2, "T": 64, "H": 2, "D": 16, "C": 16, "lr": 0.01}
-NETWORKS = ["default", "depth1", "depth3", "plain", "silu", "no residual", "normed", "online", "online depth1"]
+NETWORKS = ["default", "depth1", "depth3", "plain", "silu", "no residual", "online"]
 
 
 def plain(case: Case) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -22,12 +22,9 @@ def plain(case: Case) -> tuple[torch.Tensor, list[torch.Tensor]]:
     for t in range(T):
         if t % case.chunk_size == 0:
             frozen = memory
-        used = [w.to(dtype) for w in frozen]
         k, v, q = (x[:, t].unsqueeze(2) for x in (case.k, case.v, case.q))
-        if network.online:  # the value, without what the last map has come to answer since the chunk began
-            last = network.apply((*used[:-1], memory[-1].to(dtype)), k)
-            v = v - (last - network.apply(used, k))
-        here = [w.clone() for w in used]  # the value does not change with the weights the gradient is taken at
+        at = memory if network.online else frozen
+        here = [w.to(dtype).clone() for w in at]  # the memory itself does not change with these
         loss = (network.apply((*here, *norm), k) - v).square().sum()
         grads = torch.autograd.grad(loss, here, create_graph=True)
         theta, eta, retention = (g[t] for g in gates)

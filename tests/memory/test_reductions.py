@@ -17,7 +17,7 @@ def gates(case, **values):
 
 
 @backends
-@pytest.mark.parametrize(("network", "C"), [("plain depth1", 1), ("online depth1", 4), ("online depth1", 12)])
+@pytest.mark.parametrize(("network", "C"), [("plain depth1", 1), ("plain online", 4), ("plain online", 12)])
 def test_depth_1_online_without_momentum_is_the_gated_delta_rule(backend, info, network, C):
     """beta = 2 theta / (1 - alpha), v' = (1 - alpha) v (the 2 is the loss's)."""
     case = gates(make(OPTIONS[network], T=12, C=C, lr=0.3), log_momentum=MINUS_INFINITY)
@@ -37,9 +37,9 @@ def test_depth_1_online_without_momentum_is_the_gated_delta_rule(backend, info, 
 
 @backends
 @pytest.mark.parametrize("forget", ["zero", "start"])
-def test_one_online_map_does_not_depend_on_the_chunk(backend, info, forget):
+def test_an_online_memory_does_not_depend_on_the_chunk(backend, info, forget):
     """Momentum and forgetting included, it is the rule of chunk 1."""
-    case = make(OPTIONS["online depth1"], T=15, C=1, lr=0.3).on(forget=forget)
+    case = make(OPTIONS["plain online"], T=15, C=1, lr=0.3).on(forget=forget)
     exact = case.on(network=OPTIONS["plain depth1"], chunk_size=1)
     for C in (1, 3, 5, 15):
         out, state, _ = case.on(chunk_size=C).run(backend, info=info)

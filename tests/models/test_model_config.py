@@ -24,7 +24,7 @@ BAD = [
     ({"memory_gate": "relu"}, "memory_gate must be one of .*'relu'"),
     ({"memory_write_price": -1, "memory_gate": "write"}, "memory_write_price=-1 must be 0 or more"),
     ({"memory_write_price": 0.1}, "memory_write_price=0.1 .*memory_gate='write'.*'sigmoid'"),
-    ({"memory_online": True}, "memory_online must be False with a norm"),
+    ({"memory_online": True}, "memory_online=True needs a memory that is linear"),
     ({"memory_online": 1, "memory_norm": False}, "memory_online must be True or False, got 1"),
     ({"memory_activation": "tanh"}, "memory_activation must be one of .*'tanh'"),
     ({"memory_depth": 5}, "memory_depth must be 1, 2, 3 or 4, got 5"),

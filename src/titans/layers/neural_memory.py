@@ -23,9 +23,9 @@ def stable_lr(network: MemoryMLP, chunk_size: int) -> float:
     ``chunk_size`` that falls with the depth, a tenth where no norm tames the sum; never above 0.1. One online map sees
     every step before the next: 1/2, with which a token replaces what its key held.
     """
-    if network.online and network.depth == 1:
+    if network.online:
         return 0.5
-    tame = network.norm or network.depth == 1 or not network.functions.pointwise  # or features are as long as keys, 1
+    tame = network.norm or network.depth == 1
     return min(0.1, (STABLE_SHARES[network.depth - 1] if tame else 0.1) / chunk_size)
 
 

@@ -10,18 +10,11 @@ from torch import Tensor
 
 
 class Activation(NamedTuple):
-    """f between two maps, [..., D] -> [..., D] with the Jacobian J at its inputs z, and what gradients ask of it."""
+    """f between two maps, number by number."""
 
     value: Callable[[Tensor], Tensor]  # z -> f(z)
-    slope: Callable[[Tensor, Tensor], Tensor]  # g, z -> J^T g
-    push: Callable[[Tensor, Tensor], Tensor]  # t, z -> J t
-    curvature: Callable[[Tensor, Tensor, Tensor], Tensor]  # t, g, z -> the gradient of t . J^T g at z
-    pointwise: bool = True
-
-
-def _pointwise(value: Callable, slope: Callable, second: Callable) -> Activation:
-    """Of an f of numbers; ``second`` is f''."""
-    return Activation(value, slope, slope, lambda t, g, z: t * g * second(z))
+    slope: Callable[[Tensor, Tensor], Tensor]  # g, z -> g f'(z)
+    second: Callable[[Tensor], Tensor]  # z -> f''(z)
 
 
 def _gelu_second(z: Tensor) -> Tensor:
@@ -38,11 +31,18 @@ def _silu_second(z: Tensor) -> Tensor:
     return s * (1 - s) * (2 + z * (1 - 2 * s))
 
 
+ACTIVATIONS = {
+    "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward, _gelu_second),
+    "silu": Activation(F.silu, _silu_slope, _silu_second),
+    "relu": Activation(F.relu, lambda g, z: torch.ops.aten.threshold_backward(g, z, 0), torch.zeros_like),
+}
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def layer_norm(x: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """x [..., D] with mean 0 and variance 1; its mean and one over its deviation."""
     return torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
 
@@ -54,44 +54,9 @@ def norm_slope(g: Tensor, x: Tensor, norm: Sequence[Tensor]) -> Tensor:
     return torch.ops.aten.native_layer_norm_backward(g, x, x.shape[-1:], mean, rstd, None, None, wanted)[0]
 
 
-def norm_curvature(
-    t: Tensor, g: Tensor, x: Tensor, norm: Sequence[Tensor], signal: Tensor, gunit: Tensor | float = 0.0
-) -> Tensor:
+def norm_curvature(t: Tensor, g: Tensor, x: Tensor, norm: Sequence[Tensor], signal: Tensor, gunit: Tensor) -> Tensor:
     """Gradient of t . J g of ``layer_norm`` at x; ``signal``: J g; ``gunit``: what comes to its result besides."""
     unit, _, rstd = norm
     share, t_share = (g * unit).mean(-1, keepdim=True), (t * unit).mean(-1, keepdim=True)
     gx = norm_slope(gunit - rstd * torch.addcmul(share * t, t_share, g), x, norm)
     return gx.addcmul_(unit, rstd * (t * signal).mean(-1, keepdim=True), value=-1)
-
-
-def _normed_gelu(z: Tensor) -> Tensor:
-    return (layer_norm(at_least_float32(F.gelu(z)))[0] * z.shape[-1] ** -0.5).to(z.dtype)
-
-
-def _normed_gelu_slope(g: Tensor, z: Tensor) -> Tensor:
-    x = at_least_float32(F.gelu(z))
-    gx = norm_slope(g.to(x.dtype) * z.shape[-1] ** -0.5, x, layer_norm(x))
-    return torch.ops.aten.gelu_backward(gx.to(z.dtype), z)
-
-
-def _normed_gelu_push(t: Tensor, z: Tensor) -> Tensor:
-    x, t = (at_least_float32(y) for y in (F.gelu(z), torch.ops.aten.gelu_backward(t, z)))
-    return (norm_slope(t, x, layer_norm(x)) * z.shape[-1] ** -0.5).to(z.dtype)
-
-
-def _normed_gelu_curvature(t: Tensor, g: Tensor, z: Tensor) -> Tensor:
-    x, tx = (at_least_float32(y) for y in (F.gelu(z), torch.ops.aten.gelu_backward(t, z)))
-    norm, g = layer_norm(x), g.to(x.dtype) * z.shape[-1] ** -0.5
-    signal = norm_slope(g, x, norm)
-    gx = norm_curvature(tx, g, x, norm, signal).to(z.dtype)
-    return torch.ops.aten.gelu_backward(gx, z) + t * signal.to(z.dtype) * _gelu_second(z)
-
-
-ACTIVATIONS = {
-    "gelu": _pointwise(F.gelu, torch.ops.aten.gelu_backward, _gelu_second),
-    "silu": _pointwise(F.silu, _silu_slope, _silu_second),
-    "relu": _pointwise(F.relu, lambda g, z: torch.ops.aten.threshold_backward(g, z, 0), torch.zeros_like),
-    "normed_gelu": Activation(
-        _normed_gelu, _normed_gelu_slope, _normed_gelu_push, _normed_gelu_curvature, pointwise=False
-    ),
-}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from titans.memory import online
+from titans.memory.activations import at_least_float32
 from titans.memory.gates import ChunkMasks, chunk_masks, narrow, widen
 from titans.memory.network import MemoryMLP, safe_sqrt
 from titans.memory.pieces import Cut
@@ -58,8 +59,11 @@ def chunked(
         piece = piece.repeat(H)
         q_, k_, v_, gates_ = (t.transpose(1, 2).flatten(0, 1) for t in (q_, k_, v_, gates_))
         masks = chunk_masks(piece.blank(gates_), piece.last)
-        settle = _settle(maps, held, pending, masks, transition) if network.online else None
-        x, d, error = network.trace(weights_of(maps, base, dtype), norm, k_, v_, settle)
+        if network.online:
+            open_chunk = [torch.zeros_like(s) if h is None else h for h, s in zip(held, start, strict=True)]
+            x, d, error = _trace_online(network, maps, base, *open_chunk, pending, transition, masks, k_, v_)
+        else:
+            x, d, error = network.trace(weights_of(maps, base, dtype), norm, k_, v_)
         if info:
             surprises.append(_surprise(x, d, error.dtype))
             losses.append(error.square().sum(-1))
@@ -123,19 +127,16 @@ def _reader(maps: Tensors, base: Tensors, x: Tensors, d: Tensors, write: Tensor,
     return linear
 
 
-def _settle(maps: Tensors, held: Sequence[Tensor | None], pending: Tensor, masks: ChunkMasks, transition: Tensor):
-    """``online.settle`` where the chunk is open already: its tokens, which are ``held``, have written before these."""
+def _trace_online(
+    network: MemoryMLP, maps: Tensors, base: Tensors, inputs: Tensor, signals: Tensor, pending: Tensor,
+    transition: Tensor, masks: ChunkMasks, k: Tensor, v: Tensor,
+) -> tuple[Tensors, Tensors, Tensor]:  # fmt: skip
+    """``MemoryMLP.trace`` of an online memory: the keys meet what the queries do, one token earlier."""
     write, read = online.before(masks)
-    since, past = online.since_start(write, read @ transition), (pending @ read.mT).mT
-    last, inputs, signals = len(maps) - 1, held[len(maps) - 1], held[-1]
-
-    def settle(x: Tensor, signal: Tensor) -> Tensor:
-        if inputs is not None and signals is not None:
-            scores = (torch.bmm(x, inputs.to(x.dtype).mT) * past).to(x.dtype)
-            signal = torch.baddbmm(signal, scores, signals.to(x.dtype), alpha=-2)
-        return online.settle(x, signal, maps[last].to(x.dtype).flatten(1, 2), last == 0, since)[0]
-
-    return settle
+    reader = _reader(maps, base, [inputs], [signals], (pending @ read.mT).mT, read @ transition)
+    signal = network.output_signal(reader(0, k), None, network.offset(k, v, None))[0]
+    signal = online.settle(online.inverse(k, write), signal)
+    return [k], [signal], 0.5 * at_least_float32(signal)
 
 
 def _surprise(x: Tensors, d: Tensors, dtype: torch.dtype) -> Tensor:

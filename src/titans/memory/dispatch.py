@@ -21,7 +21,7 @@ FORGET = ("zero", "start")
 
 
 class MemoryInfo(NamedTuple):
-    """What the memory felt, all [B, T, H], at the weights its chunk began with (an online last map: as it stood).
+    """What the memory felt, all [B, T, H], at the weights its chunk began with (online: as it stood).
 
     ``surprise``: norm of the gradient of the loss; ``loss``: ``||M(k) - v||^2`` before the token was written.
     """
@@ -114,7 +114,7 @@ def _fast_path(backend: str, q: Tensor, network: MemoryMLP, chunk_size: int) -> 
     asked = backend == "triton"
     if not asked and (backend != "auto" or not q.is_cuda or torch.compiler.is_compiling()):
         return scan
-    reason = unsupported(q, network, chunk_size) or (None if asked else unproven())
+    reason = unsupported(q, network, chunk_size) or (None if asked else unproven(network))
     if reason is None:
         from titans.memory.kernels.scan import scan as fused
 

@@ -28,14 +28,12 @@ class MemoryMLP:
     Args:
         depth: number of linear maps L, 1 to 4.
         expansion: hidden width over ``head_dim``.
-        activation: between the linear maps: ``"gelu"`` (exact), ``"silu"`` or ``"relu"``, or ``"normed_gelu"``: a GELU,
-            its result brought to mean 0 and length 1.
+        activation: ``"gelu"`` (exact), ``"silu"`` or ``"relu"``, between the linear maps.
         residual: add the input to the output.
         norm: LayerNorm before the residual; its gain and bias are slow (ordinary learned) parameters.
         norm_eps: added to the variance in that norm.
-        online: take the last map's error at the memory as it stands, not as its chunk began: what a chunk has written
-            already is not written again. With one map every token is then exact at any ``chunk_size``, as with 1; below
-            the last map gradients stay those of the chunk's start. Needs ``norm=False``.
+        online: take every gradient at the memory as it stands, not as its chunk began: any ``chunk_size`` gives, in
+            parallel, what 1 gives. Needs ``depth=1`` and ``norm=False``.
 
     To keep facts apart (docs/decisions.md): ``depth=1, residual=False, norm=False, online=True``, in a ``NeuralMemory``
     with ``skip=False``.
@@ -62,8 +60,9 @@ class MemoryMLP:
         for name in ("residual", "norm", "online"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.online and self.norm:
-            raise ValueError("online must be False with a norm, behind which no error is linear in the last map")
+        if self.online and (self.norm or self.depth > 1):
+            got = f"depth={self.depth} and norm={self.norm}"
+            raise ValueError(f"online=True needs a memory that is linear, depth=1 and norm=False, got {got}")
         if self.activation not in list(ACTIVATIONS):
             raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {self.activation!r}")
 
@@ -79,9 +78,9 @@ class MemoryMLP:
         The norm makes the network blind to the scale of its maps, so that their scale sets how fast they learn: with
         unit variance, one token's step moves the output by a fraction of theta, whatever the widths. Without norm the
         last map is 0, so that what is read is what was written (docs/decisions.md), and the others have variance
-        1 / hidden, for small results, or 1 before ``"normed_gelu"``, which is as blind to their scale.
+        1 / hidden, for small results.
         """
-        scale = 1.0 if self.norm or not self.functions.pointwise else max(1, round(dim * self.expansion)) ** -0.5
+        scale = 1.0 if self.norm else max(1, round(dim * self.expansion)) ** -0.5
         maps = [torch.randn(heads, i, o) * scale for i, o in self.shapes(dim)]
         if not self.norm:
             maps[-1].zero_()
@@ -119,30 +118,25 @@ class MemoryMLP:
         return self.forward(x, lambda i, h: h @ maps[i], affine)
 
     def trace(
-        self, maps: Sequence[Tensor], affine: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor,
-        settle: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:  # fmt: skip
+        self, maps: Sequence[Tensor], affine: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Forward of the keys and backward of ``||M(k) - v||^2``, all tokens at the same weights, in closed form.
 
         Args:
             maps: linear maps [..., d_in, d_out]; affine: gain and bias, broadcastable to k.
             k, v: keys and values [..., T, D].
-            settle: inputs and signals of the last map -> its signals at the memory as it stands (``online.py``).
 
         Returns:
             The inputs x^i [..., T, d_in] of every map, the loss's gradients d^i [..., T, d_out] at every map's output,
             so that the gradient of token t at map i is the outer product of x^i_t and d^i_t, and ``M(k) - v``.
         """
-        value, slope, *_ = self.functions
+        value, slope, _ = self.functions
         inputs, outputs = [k], []
         for w in maps[:-1]:
             outputs.append(inputs[-1] @ w)
             inputs.append(value(outputs[-1]))
         offset, gain = self.offset(k, v, affine), affine and affine[0]
         signal, error, _ = self.output_signal(inputs[-1] @ maps[-1], gain, offset)
-        if settle is not None:
-            signal = settle(inputs[-1], signal)
-            error = 0.5 * at_least_float32(signal)
         signals = [signal]
         for w, z in zip(reversed(maps[1:]), reversed(outputs), strict=True):
             signals.append(slope(signals[-1] @ w.mT, z))

@@ -27,9 +27,6 @@ def reference(
     def of_heads(fn):  # over heads, then over the batch; the norm's gain and bias differ by head only
         return vmap(vmap(fn), in_dims=(0, None, 0, 0))
 
-    def answer(maps, x):
-        return network.apply((*maps, *affine), x.unsqueeze(2)).squeeze(2)
-
     inner_gradient = of_heads(grad(loss))
     inner_loss = of_heads(loss)
     row, head = torch.arange(B, device=q.device).unsqueeze(1), torch.arange(q.shape[2], device=q.device)
@@ -45,23 +42,21 @@ def reference(
     for t in range(T):
         here = real[:, t]
         lr, eta, retention = gates[:, t, :, 0], gates[:, t, :, 1].exp(), gates[:, t, :, 2].exp()
-        aim = v[:, t]
-        if network.online:  # what the last map has learned since the chunk began is no longer asked for
-            aim = aim - answer((*frozen[:-1], memory[-1]), k[:, t]) + answer(frozen, k[:, t])
-        gradient = inner_gradient(frozen, tuple(affine), k[:, t], aim)
+        at = memory if network.online else frozen
+        gradient = inner_gradient(at, tuple(affine), k[:, t], v[:, t])
         new_momentum = tuple(_times(eta, s) - _times(lr, g) for s, g in zip(momentum, gradient, strict=True))
         new_memory = tuple(
             _times(retention, m) + _times(1 - retention, b) + s
             for m, b, s in zip(memory, base, new_momentum, strict=True)
         )
         memory, momentum = _where(here, new_memory, memory), _where(here, new_momentum, momentum)
-        out = answer(memory, q[:, t])
+        out = network.apply((*memory, *affine), q[:, t].unsqueeze(2)).squeeze(2)
         outs.append(_where(here, out, torch.zeros_like(out)))
         surprises.append(safe_sqrt(torch.stack([g.square().sum((-2, -1)) for g in gradient]).sum(0)))
-        losses.append(inner_loss(frozen, tuple(affine), k[:, t], aim))
+        losses.append(inner_loss(at, tuple(affine), k[:, t], v[:, t]))
 
         # the open chunk, kept as layer inputs and signals, is what the state carries
-        x, d, _ = network.trace(frozen, _affine(affine), k[:, t].unsqueeze(2), aim.unsqueeze(2))
+        x, d, _ = network.trace(at, _affine(affine), k[:, t].unsqueeze(2), v[:, t].unsqueeze(2))
         slot = (row, head, (position % C).unsqueeze(1))
         inputs = _where(here, tuple(_put(b, slot, n.squeeze(2)) for b, n in zip(inputs, x, strict=True)), inputs)
         signals = _where(here, tuple(_put(b, slot, n.squeeze(2)) for b, n in zip(signals, d, strict=True)), signals)

@@ -44,9 +44,14 @@ def scan(
     scores = (q_ @ k_.mT * masks.write).to(q.dtype)
     base_q = torch.einsum("ngcd,gdh->ngch", q_, base[0].to(q.dtype)) if base else None
     first = widen(q_, masks.read), base_q, scores, k_, widen(k_, masks.to_state)
-    since = online.since_start(*online.before(masks)) if network.online else (None, None)
     offset, gain = network.offset(k_, v_, affine), affine and affine[0]
-    out, *end = _Scan.apply(network, *first, offset, *masks, *since, gain, *base, *maps)  # type: ignore[misc]
+    before: Sequence[Tensor | None] = (None, None)
+    if network.online:
+        write, read = online.before(masks)
+        before = widen(k_, read), online.inverse(k_, write)
+        if base:
+            offset = offset + torch.einsum("ngcd,gdh->ngch", k_, base[0].to(k_.dtype))
+    out, *end = _Scan.apply(network, *first, offset, *masks, *before, gain, *base, *maps)  # type: ignore[misc]
     out = network.finish(q_, out, affine).unflatten(1, (q.shape[0], -1))
     return out.permute(1, 0, 3, 2, 4).flatten(1, 2), end
 
@@ -97,7 +102,6 @@ class _Chunk(NamedTuple):
     left: Tensors
     right: Tensors
     norm: Tensors
-    settled: Tensors  # of an online memory
 
 
 class _Inputs(NamedTuple):
@@ -113,17 +117,12 @@ class _Inputs(NamedTuple):
     read: Tensor
     to_state: Tensor
     transition: Tensor
-    since_write: Tensor | None  # of an online memory
-    since_read: Tensor | None
+    wide_before: Tensor  # of an online memory, else None: its keys, as queries that come one token earlier
+    inverse: Tensor  # else None
 
     def chunks(self) -> list["_Inputs"]:
         each = (repeat(None, len(self.k)) if t is None else t.unbind(0) for t in self)
         return [_Inputs(*tensors) for tensors in zip(*each, strict=True)]
-
-    @property
-    def since(self) -> online.Since:
-        """What came since the chunk began, of an online memory."""
-        return online.Since(self.since_write, self.since_read)  # type: ignore[arg-type]
 
     def like(self) -> "_Inputs":
         """Places for their gradients: zeros where several are added up."""
@@ -137,18 +136,17 @@ class _Inputs(NamedTuple):
 
 def _forward(network: MemoryMLP, t: _Inputs, gain, base: Tensors, maps: Tensors) -> tuple[Tensor, Tensors, _Chunk]:
     """Output of the last map at the queries, the maps after the chunk, and its intermediate results."""
-    dtype, (value, slope, *_) = t.k.dtype, network.functions
-    W = weights_of(maps, base, dtype)
+    dtype, (value, slope, _) = t.k.dtype, network.functions
+    flat = [m.to(dtype).flatten(1, 2) for m in maps]
+    # the keys: at the chunk's first memory, or those of an online memory at the one before each token
+    W = [flat[0]] if network.online else weights_of(maps, base, dtype)
     x, z = [t.k], []
     for w in W[:-1]:
         z.append(torch.bmm(x[-1], w))
         x.append(value(z[-1]))
-    z.append(torch.bmm(x[-1], W[-1]))
+    z.append(torch.bmm(t.wide_before if network.online else x[-1], W[-1]))
     signal, _, norm = network.output_signal(z[-1], gain, t.offset)
-    flat, settled = [m.to(dtype).flatten(1, 2) for m in maps], ()
-    if network.online:
-        signal, settled = online.settle(x[-1], signal, flat[-1], network.depth == 1, t.since)
-    d, u = [signal], []
+    d, u = [online.settle(t.inverse, signal) if network.online else signal], []
     for w, z_i in zip(reversed(W[1:]), reversed(z[:-1]), strict=True):
         u.insert(0, torch.bmm(d[0], w.mT))
         d.insert(0, slope(u[0], z_i))
@@ -167,7 +165,7 @@ def _forward(network: MemoryMLP, t: _Inputs, gain, base: Tensors, maps: Tensors)
     sides = [(t.wide_k, d[0]), *(factors(i, x[i], d[i], t.to_state) for i in range(1, network.depth))]
     new = [advance(m, *side, t.transition) for m, side in zip(maps, sides, strict=True)]
     left, right = zip(*sides, strict=True)
-    return r[-1], new, _Chunk(maps, x, z, u, d, h, r[:-1], both, raw, scores, left, right, norm, settled)
+    return r[-1], new, _Chunk(maps, x, z, u, d, h, r[:-1], both, raw, scores, left, right, norm)
 
 
 class _Scan(torch.autograd.Function):
@@ -201,7 +199,10 @@ class _Scan(torch.autograd.Function):
             for (t, s), gt, gr in zip(chunks[::-1], grads.chunks()[::-1], gout.unbind(0)[::-1], strict=True):
                 gx, gd, gmaps = _backward_advance(s, t, gmaps, gt)
                 _backward_read(network, s, t, base, gr, gx, gd, gmaps, gbase, gt)
-                _backward_keys(network, s, t, gain, base, gx, gd, gmaps, gbase, gt, ggain)
+                if network.online:
+                    _backward_online_keys(network, s, t, gd[0], gmaps[0], gt)
+                else:
+                    _backward_keys(network, s, t, gain, base, gx, gd, gmaps, gbase, gt, ggain)
         return (None, *grads, ggain, *gbase, *gmaps)
 
 
@@ -261,16 +262,9 @@ def _backward_keys(network: MemoryMLP, s: _Chunk, t: _Inputs, gain, base: Tensor
     f = network.functions
     W, gu = weights_of(s.maps, base, t.k.dtype), []
     for i in range(network.depth - 1):
-        gu.append(f.push(gd[i], s.z[i]))
+        gu.append(f.slope(gd[i], s.z[i]))
         gd[i + 1].baddbmm_(gu[i], W[i + 1])
-    gsignal = gd[-1]
-    if network.online:
-        first, flat = network.depth == 1, s.maps[-1].to(t.k.dtype).flatten(1, 2)
-        kept, gflat = online.Kept(*s.settled), gmaps[-1].flatten(1, 2)
-        gsignal, gsince = online.settle_backward(gsignal, s.x[-1], flat, first, t.since, kept, gx[-1], gflat)
-        for place, g in zip(gt.since, gsince, strict=True):
-            place.copy_(g)
-    gz, goffset, ggain_here = network.output_signal_backward(s.z[-1], gain, t.offset, s.norm, s.d[-1], gsignal)
+    gz, goffset, ggain_here = network.output_signal_backward(s.z[-1], gain, t.offset, s.norm, s.d[-1], gd[-1])
     gt.offset.copy_(goffset)
     if ggain is not None:
         ggain += ggain_here
@@ -283,7 +277,19 @@ def _backward_keys(network: MemoryMLP, s: _Chunk, t: _Inputs, gain, base: Tensor
             gbase[i].add_(gW)
         gx[i].baddbmm_(gz, W[i].mT)
         if i:
-            gz = f.slope(gx[i], s.z[i - 1]).add_(f.curvature(gd[i - 1], s.u[i - 1], s.z[i - 1]))
+            gz = f.slope(gx[i], s.z[i - 1]).addcmul_(gd[i - 1] * s.u[i - 1], f.second(s.z[i - 1]))
+
+
+def _backward_online_keys(network: MemoryMLP, s: _Chunk, t: _Inputs, gd: Tensor, gmap: Tensor, gt: _Inputs):
+    """The keys of an online memory."""
+    g, dtype = gd.to(t.inverse.dtype), t.k.dtype
+    signal, _, norm = network.output_signal(s.z[0], None, t.offset)
+    torch.bmm(g, signal.to(g.dtype).mT, out=gt.inverse)
+    gsignal = torch.bmm(t.inverse.mT, g)
+    gz, goffset, _ = network.output_signal_backward(s.z[0], None, t.offset, norm, signal, gsignal)
+    gt.offset.copy_(goffset)
+    torch.bmm(gz, s.maps[0].to(dtype).flatten(1, 2).mT, out=gt.wide_before)
+    _add_product(gmap.flatten(1, 2), t.wide_before.mT, gz)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -40,8 +40,7 @@ class Stepper:
         dtype = state.pending.dtype
         maps, affine = network.split(weights)
         self.network, self.shape, self.chunk_size = network, (B, H), C
-        value, slope, *_ = f = network.functions
-        self.value, self.slope = (_apart(value), _apart(slope)) if f.pointwise else (value, slope)
+        self.value, self.slope = _apart(network.functions.value), _apart(network.functions.slope)
         self.affine = affine and tuple(a.to(dtype).repeat(B, 1).unsqueeze(1) for a in affine)
         # every map as M_0, memory and momentum: keys meet the first two, queries all three
         self.maps: list[Tensor] = []
@@ -56,7 +55,6 @@ class Stepper:
         since = torch.cat([state.since_start().mT, state.pending], 2).flatten(0, 1).movedim(-1, 0)
         self.weights = torch.cat([torch.ones_like(since[..., :1]), since], -1).unsqueeze(2)  # [2, G, 1, 3 + C]
         self.fading, self.mix = self.weights[..., 1:], self.weights[0, ..., :3]
-        self.start = torch.tensor([1.0, 1.0, 0.0], dtype=dtype, device=self.mix.device)  # ``mix`` as a chunk begins
         self.read, self.conv = int(state.position[0]), state.conv
 
     @property
@@ -112,12 +110,14 @@ class Stepper:
         return self.weights[0, ..., 3 : end + 1]
 
     def _write(self, k: Tensor, v: Tensor) -> None:
-        """The token's input and gradient at every map, at the memory the chunk began with."""
+        """The token's input and gradient at every map, at the memory the chunk began with (online: as it stands)."""
         network, slot = self.network, self.slot
         x, outputs = k, []
         for i, (map, two, inputs) in enumerate(zip(self.maps, self.two, self.inputs, strict=True)):
             near(map)
-            if i:
+            if network.online:
+                outputs.append(self._linear(0, k, self.mix, self.weights[0, ..., 3 : slot + 3]))
+            elif i:
                 x = self.value(outputs[-1])
                 z = torch.bmm(x, two.mT)
                 outputs.append(torch.add(*z.chunk(2, -1)))
@@ -126,9 +126,6 @@ class Stepper:
             inputs[:, slot : slot + 1] = x
         gain = self.affine and self.affine[0]
         d = network.output_signal(outputs[-1], gain, network.offset(k, v, self.affine))[0]  # type: ignore[arg-type]
-        if network.online:  # what the chunk has written already
-            since = self.mix - self.start
-            d = d + 2 * self._linear(network.depth - 1, x, since, self.weights[0, ..., 3 : slot + 3])
         for i in reversed(range(network.depth)):
             self.signals[i][:, slot : slot + 1] = d
             if i:

@@ -25,10 +25,6 @@ def unsupported(q: Tensor, network: MemoryMLP, chunk_size: int) -> str | None:
         return f"q is {q.dtype}; use float32 or bfloat16"
     if network.depth > 2:
         return f"network.depth={network.depth}; use 1 or 2"
-    if network.depth > 1 and not network.functions.pointwise:
-        return f"network.activation={network.activation!r}; use gelu, silu or relu"
-    if network.online:
-        return "network.online=True; use False"
     if head_dim not in HEAD_DIMS:
         return f"q has head dim {head_dim}; use one of {HEAD_DIMS}"
     if hidden % 16:
@@ -40,8 +36,10 @@ def unsupported(q: Tensor, network: MemoryMLP, chunk_size: int) -> str | None:
     return None
 
 
-def unproven() -> str | None:
+def unproven(network: MemoryMLP) -> str | None:
     """Why ``backend="auto"`` leaves kernels alone that it could take, and the mend; None: it takes them."""
+    if network.online:
+        return "of an online memory they have not run on a GPU; backend='triton' takes them"
     installed = import_module("triton").__version__  # its package may have another name
     if tuple(int(part) for part in installed.split(".")[:2]) < CHECKED:
         return f"they are checked with Triton {'.'.join(map(str, CHECKED))} or newer, and {installed} is installed"

@@ -37,16 +37,18 @@ def token_rows(memory, chunk, chunks, H, C: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def load_pair(columns, index, C: tl.constexpr):
+    """The columns of a chunk's [C, 2] as two [C, 1]."""
+    columns += index * 2 * C + 2 * tl.arange(0, C)[:, None]
+    return tl.load(columns), tl.load(columns + 1)
+
+
+@triton.jit
 def load_masks(read, to_state, transition, index, C: tl.constexpr):
-    """Of a chunk's ``ChunkMasks``: twice two [C, 1], and (beta, f, m) of the transition."""
-    read += index * 2 * C + 2 * tl.arange(0, C)[:, None]
-    to_state += index * 2 * C + 2 * tl.arange(0, C)[:, None]
+    """Of a chunk's ``ChunkMasks``: two pairs, and (beta, f, m) of the transition."""
     transition += index * 4
-    return (
-        (tl.load(read), tl.load(read + 1)),
-        (tl.load(to_state), tl.load(to_state + 1)),
-        (tl.load(transition), tl.load(transition + 1), tl.load(transition + 3)),
-    )
+    entries = tl.load(transition), tl.load(transition + 1), tl.load(transition + 3)
+    return load_pair(read, index, C), load_pair(to_state, index, C), entries
 
 
 @triton.jit

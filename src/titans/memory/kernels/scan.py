@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from titans.memory import online
 from titans.memory.gates import chunk_masks
 from titans.memory.kernels import one_map, two_maps
 from titans.memory.network import MemoryMLP
 
 Tensors = Sequence[Tensor]
-FIXED = 8  # inputs of every kernel, up to gain; base follows
+FIXED = 8  # inputs of every kernel, up to gain
 BLOCK = 16  # hidden units at a time: more spills registers
 RESIDENT = 2  # programs of a memory wait for one another: so many a multiprocessor runs at once, whatever their size
 
@@ -29,9 +30,15 @@ def scan(
     masks = chunk_masks(gates.unflatten(1, (-1, chunk_size)).permute(0, 3, 1, 2, 4).flatten(0, 1))
     by_head: Any = affine and [a.view(B, H, 1, D).transpose(1, 2) for a in affine]
     offset, gain = network.offset(k, v, by_head), affine[0] if affine else torch.ones_like(maps[0][:, 0, :1, :D])
-    parts = parts_of(q, network)
+    parts, before = parts_of(q, network), ()
+    if network.online:
+        write, read = online.before(masks)
+        by_chunk = k.unflatten(1, (-1, chunk_size)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+        before = read, online.inverse(by_chunk, write)
+        if base:
+            offset = offset + torch.einsum("bthd,bhde->bthe", k, base[0].unflatten(0, (B, H)).to(k.dtype))
     shares = [_cut(m, parts) for m in (*base, *maps)]
-    out, *end = _Scan.apply(network, chunk_size, parts, q, k, offset, *masks, gain, *shares)  # type: ignore[misc]
+    out, *end = _Scan.apply(network, chunk_size, parts, q, k, offset, *masks, gain, *before, *shares)  # type: ignore[misc]
     return network.finish(q, out, by_head), [_join(m, parts) for m in end]
 
 
@@ -80,16 +87,24 @@ class _Scan(torch.autograd.Function):
         inputs, held = saved[:count], saved[count:]
         gmaps = [g.clone(memory_format=torch.contiguous_format) for g in gmaps]
         shared = {2, 7}  # offset and gain: their gradients need the whole signal, which every program has
-        grads = [torch.empty_like(t) if i in shared else _partial(t, parts) for i, t in enumerate(inputs[:FIXED])]
-        gbase = [torch.zeros_like(t) for t in inputs[FIXED:]]
+        given, unused, base = _arguments(network, inputs)
+        grads = [torch.empty_like(t) if i in shared else _partial(t, parts) for i, t in enumerate(given)]
+        gbase = [torch.zeros_like(t) for t in base]
         passed = []  # from loop to loop over the hidden dimension
         if network.depth == 2:
             wide = (len(held[0]), C, held[0].shape[-1])
             passed = [held[0].new_empty(wide), *(gout.new_empty(wide) for _ in range(3))]
-        others = [gout.contiguous(), *gmaps, *grads, *(gbase or gmaps), *passed]  # gbase: not touched without base
+        # gbase: not touched without base
+        others = [gout.contiguous(), *gmaps, *grads, *unused, *(gbase or gmaps), *passed]
         _launch("backward", network, C, parts, inputs, held, others)
-        grads = [g if i in shared else _whole(g, t) for i, (g, t) in enumerate(zip(grads, inputs[:FIXED], strict=True))]
+        grads = [g if i in shared else _whole(g, t) for i, (g, t) in enumerate(zip(grads, given, strict=True))]
         return None, None, None, *grads, *gbase, *gmaps
+
+
+def _arguments(network: MemoryMLP, inputs: Tensors) -> tuple[Tensors, Tensors, Tensors]:
+    """The inputs before ``base``, what stands for those of an online memory where one map is not online, and base."""
+    count = FIXED + 2 * network.online
+    return inputs[:count], inputs[3:5] if network.depth == 1 and not network.online else [], inputs[count:]
 
 
 def _partial(like: Tensor, parts: int) -> Tensor:
@@ -105,9 +120,11 @@ def _launch(
     kernel: str, network: MemoryMLP, C: int, parts: int, inputs: Tensors, held: Tensors, others: Tensors
 ) -> None:
     """``parts`` programs for every memory."""
-    q, base, (D, HIDDEN) = inputs[0], inputs[FIXED:], held[0].shape[-2:]
+    q, (given, unused, base), (D, HIDDEN) = inputs[0], _arguments(network, inputs), held[0].shape[-2:]
     module, sizes, exchange = one_map, {"C": C, "D": D, "NORM": network.norm, "BASE": bool(base)}, []
-    if network.depth == 2:
+    if network.depth == 1:
+        sizes["ONLINE"] = network.online
+    else:
         sizes |= {"HIDDEN": HIDDEN, "BLOCK": gcd(HIDDEN, BLOCK), "ACT": network.activation, "PARTS": parts}
         module = two_maps
         memories = len(held[0]) // parts
@@ -115,7 +132,7 @@ def _launch(
         exchange = [held[0].new_empty(memories, 2, parts, C, D), counter]
     with torch.cuda.device_of(q), _without_wgmma():
         getattr(module, kernel)[(len(held[0]),)](
-            *inputs[:FIXED], *(base or held[: network.depth]), *held, *others, *exchange, q.shape[2], q.shape[1] // C,
+            *given, *unused, *(base or held[: network.depth]), *held, *others, *exchange, q.shape[2], q.shape[1] // C,
             held[0].shape[1], network.norm_eps, num_warps=4 if C <= 64 else 8, num_stages=1,
             enable_fp_fusion=True, **sizes,
         )  # fmt: skip
