@@ -132,10 +132,10 @@ def _trace_online(
     transition: Tensor, masks: ChunkMasks, k: Tensor, v: Tensor,
 ) -> tuple[Tensors, Tensors, Tensor]:  # fmt: skip
     """``MemoryMLP.trace`` of an online memory: the keys meet what the queries do, one token earlier."""
-    write, read = online.before(masks)
+    read, inverse = online.before(k, masks)
     reader = _reader(maps, base, [inputs], [signals], (pending @ read.mT).mT, read @ transition)
     signal = network.output_signal(reader(0, k), None, network.offset(k, v, None))[0]
-    signal = online.settle(online.inverse(k, write), signal)
+    signal = online.settle(inverse, signal)
     return [k], [signal], 0.5 * at_least_float32(signal)
 
 

@@ -47,8 +47,8 @@ def scan(
     offset, gain = network.offset(k_, v_, affine), affine and affine[0]
     before: Sequence[Tensor | None] = (None, None)
     if network.online:
-        write, read = online.before(masks)
-        before = widen(k_, read), online.inverse(k_, write)
+        read, inverse = online.before(k_, masks)
+        before = widen(k_, read), inverse
         if base:
             offset = offset + torch.einsum("ngcd,gdh->ngch", k_, base[0].to(k_.dtype))
     out, *end = _Scan.apply(network, *first, offset, *masks, *before, gain, *base, *maps)  # type: ignore[misc]

@@ -32,9 +32,7 @@ def scan(
     offset, gain = network.offset(k, v, by_head), affine[0] if affine else torch.ones_like(maps[0][:, 0, :1, :D])
     parts, before = parts_of(q, network), ()
     if network.online:
-        write, read = online.before(masks)
-        by_chunk = k.unflatten(1, (-1, chunk_size)).permute(0, 3, 1, 2, 4).flatten(0, 1)
-        before = read, online.inverse(by_chunk, write)
+        before = online.before(k.unflatten(1, (-1, chunk_size)).permute(0, 3, 1, 2, 4).flatten(0, 1), masks)
         if base:
             offset = offset + torch.einsum("bthd,bhde->bthe", k, base[0].unflatten(0, (B, H)).to(k.dtype))
     shares = [_cut(m, parts) for m in (*base, *maps)]
