@@ -94,6 +94,18 @@ def test_the_try_of_a_whole_run_that_is_kept_is_the_first_seeds_run(values, monk
     assert all("metrics" in run for run in entry["runs"])
 
 
+def test_a_model_with_a_rate_of_its_own_tries_none(values):
+    """Its run is the one that the rate would have had as the best of several."""
+    tuned = Experiment.from_dict(copy.deepcopy(values)).config(TASK, "llama", "seed0", seed=0, learning_rate=1e-2)
+    values["models"]["llama"]["learning_rate"] = 1e-2
+    experiment = Experiment.from_dict(values)
+    assert experiment.trials(TASK, "llama") == {} and len(experiment.trials(TASK, "sliding")) == 2
+    assert experiment.final(TASK, "llama", 0).output == tuned.output
+    entry = compare(experiment, TASK, only=["llama"], say=lambda text: None)["models"]["llama"]
+    assert entry["chosen"] == {"learning_rate": 1e-2} and entry["tuning"] == []
+    assert len(entry["runs"]) == 1
+
+
 def test_unequal_sizes_are_refused_with_the_counts(values):
     values["models"]["llama"]["model"]["hidden_size"] = 32
     with pytest.raises(ValueError, match=r"llama [\d,]+, sliding [\d,]+"):

@@ -26,8 +26,8 @@ class Experiment:
     Attributes:
         task: name of the task.
         output: folder of the results.
-        models: name -> `{"model": spec, "seeds": [..], "panel": title}`, the latter two optional: models of one panel
-            share axes in the picture of `vary`.
+        models: name -> `{"model": spec, "learning_rate": rate, "seeds": [..], "panel": title}`, all but the first
+            optional: a model with a rate of its own tries none; models of one panel share axes in `vary`'s picture.
         data, evaluation, training: as in a run's configuration, the same for every model.
         seeds: of every model that names none of its own.
         tuning: `{"learning_rate": [..], "tokens": N}`: each model tries each rate with its first seed on a short run of
@@ -53,8 +53,8 @@ class Experiment:
     def __post_init__(self):
         require(bool(self.models), "models", self.models, "a mapping from a model's name to its settings")
         for name, entry in self.models.items():
-            extra = set(entry) - {"model", "seeds", "panel"}
-            keys = "the keys 'model' and, if wanted, 'seeds' and 'panel'"
+            extra = set(entry) - {"model", "learning_rate", "seeds", "panel"}
+            keys = "the keys 'model' and, if wanted, 'learning_rate', 'seeds' and 'panel'"
             require(not extra and "model" in entry, f"models.{name}", entry, keys)
             require(bool(self.seeds_of(name)), f"seeds of {name}", self.seeds_of(name), "at least one")
         if self.tuning is not None:
@@ -120,7 +120,7 @@ class Experiment:
 
     def trials(self, task: Task, name: str) -> dict[float, TrainConfig]:
         """The runs that try each learning rate."""
-        if self.tuning is None:
+        if self.tuning is None or "learning_rate" in self.models[name]:
             return {}
         tokens, rates, seed = self.tuning["tokens"], self.tuning["learning_rate"], self.seeds_of(name)[0]
         if self.tries_whole_runs:
@@ -137,7 +137,9 @@ class Experiment:
         return self.tuning is not None and self.tuning["tokens"] == 1
 
     def chosen(self, task: Task, name: str) -> dict[str, float]:
-        """The learning rate of the best trial, once all are done."""
+        """The learning rate that the model names, or that of the best trial, once all are done."""
+        if "learning_rate" in self.models[name]:
+            return {"learning_rate": self.models[name]["learning_rate"]}
         results = {rate: _result(config) for rate, config in self.trials(task, name).items()}
         losses = {rate: r["validation_loss"] for rate, r in results.items() if r and r["validation_loss"] is not None}
         if results and not losses:
