@@ -94,10 +94,10 @@ def test_the_try_of_a_whole_run_that_is_kept_is_the_first_seeds_run(values, monk
     assert all("metrics" in run for run in entry["runs"])
 
 
-def test_a_model_with_a_rate_of_its_own_tries_none(values):
+def test_a_model_with_a_learning_rate_of_its_own_tries_none(values):
     """Its run is the one that the rate would have had as the best of several."""
     tuned = Experiment.from_dict(copy.deepcopy(values)).config(TASK, "llama", "seed0", seed=0, learning_rate=1e-2)
-    values["models"]["llama"]["learning_rate"] = 1e-2
+    values["models"]["llama"]["training"] = {"learning_rate": 1e-2}
     experiment = Experiment.from_dict(values)
     assert experiment.trials(TASK, "llama") == {} and len(experiment.trials(TASK, "sliding")) == 2
     assert experiment.final(TASK, "llama", 0).output == tuned.output
@@ -238,6 +238,10 @@ def test_bad_keys(values):
         ({"modles": {}}, "modles"),
         ({"models": {}}, "models"),
         ({"models": {"a": {"seeds": [0]}}}, r"models\.a"),
+        (
+            {"models": {"a": {"model": {}, "training": {"tokens": 9}}}},
+            r"models\.a\.training=\['tokens'\] .*one for all",
+        ),
         ({"models": {"a": {"model": {}, "seeds": []}}}, r"seeds of a=\[\] is not valid; use at least one"),
         ({"tuning": {"learning_rate": [1e-3]}}, "tuning"),
         ({"models": {"a": {"model": {}, "pannel": "x"}}}, r"models\.a=.*'seeds' and 'panel'"),

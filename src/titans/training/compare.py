@@ -18,6 +18,8 @@ from titans.training.run import train
 from titans.training.tables import over_variants, plot_variants, short, table, table_of_variants
 from titans.training.task import Task
 
+_BUDGET = {"tokens", "length", "batch_size", "gradient_accumulation"}
+
 
 @dataclass
 class Experiment:
@@ -26,9 +28,10 @@ class Experiment:
     Attributes:
         task: name of the task.
         output: folder of the results.
-        models: name -> `{"model": spec, "learning_rate": rate, "seeds": [..], "panel": title}`, all but the first
-            optional: a model with a rate of its own tries none; models of one panel share axes in `vary`'s picture.
-        data, evaluation, training: as in a run's configuration, the same for every model.
+        models: name -> `{"model": spec, "training": settings, "seeds": [..], "panel": title}`, all but the first
+            optional: a model whose own settings hold a `learning_rate` tries none; models of one panel share axes in
+            the picture of `vary`.
+        data, evaluation, training: as in a run's configuration, the same for every model that says nothing else.
         seeds: of every model that names none of its own.
         tuning: `{"learning_rate": [..], "tokens": N}`: each model tries each rate with its first seed on a short run of
             its own, and keeps the one with the lowest validation loss. N up to 1 is a fraction of `training.tokens`; at
@@ -53,10 +56,12 @@ class Experiment:
     def __post_init__(self):
         require(bool(self.models), "models", self.models, "a mapping from a model's name to its settings")
         for name, entry in self.models.items():
-            extra = set(entry) - {"model", "learning_rate", "seeds", "panel"}
-            keys = "the keys 'model' and, if wanted, 'learning_rate', 'seeds' and 'panel'"
+            extra = set(entry) - {"model", "training", "seeds", "panel"}
+            keys = "the keys 'model' and, if wanted, 'training', 'seeds' and 'panel'"
             require(not extra and "model" in entry, f"models.{name}", entry, keys)
             require(bool(self.seeds_of(name)), f"seeds of {name}", self.seeds_of(name), "at least one")
+            own = sorted(_BUDGET & set(self.own(name)))
+            require(not own, f"models.{name}.training", own, "no part of the budget, which is one for all models")
         if self.tuning is not None:
             valid = set(self.tuning) == {"learning_rate", "tokens"}
             require(valid, "tuning", self.tuning, "the keys 'learning_rate' (a list) and 'tokens'")
@@ -104,13 +109,17 @@ class Experiment:
     def seeds_of(self, name: str) -> list[int]:
         return self.models[name].get("seeds", self.seeds)
 
+    def own(self, name: str) -> dict[str, Any]:
+        """A model's own settings of training."""
+        return self.models[name].get("training", {})
+
     def config(self, task: Task, name: str, kind: str, **training: Any) -> TrainConfig:
         """The checked configuration of one run; its folder's name holds a hash of all that the experiment says."""
         values = {
             "model": self.models[name]["model"],
             "data": self.data,
             "evaluation": self.evaluation,
-            "training": self.training | training,
+            "training": self.training | self.own(name) | training,
         }
         defining = json.dumps({"task": self.task, **values}, sort_keys=True)
         config = copy.deepcopy(_parsed(task, defining))
@@ -120,7 +129,7 @@ class Experiment:
 
     def trials(self, task: Task, name: str) -> dict[float, TrainConfig]:
         """The runs that try each learning rate."""
-        if self.tuning is None or "learning_rate" in self.models[name]:
+        if self.tuning is None or "learning_rate" in self.own(name):
             return {}
         tokens, rates, seed = self.tuning["tokens"], self.tuning["learning_rate"], self.seeds_of(name)[0]
         if self.tries_whole_runs:
@@ -138,8 +147,8 @@ class Experiment:
 
     def chosen(self, task: Task, name: str) -> dict[str, float]:
         """The learning rate that the model names, or that of the best trial, once all are done."""
-        if "learning_rate" in self.models[name]:
-            return {"learning_rate": self.models[name]["learning_rate"]}
+        if "learning_rate" in self.own(name):
+            return {"learning_rate": self.own(name)["learning_rate"]}
         results = {rate: _result(config) for rate, config in self.trials(task, name).items()}
         losses = {rate: r["validation_loss"] for rate, r in results.items() if r and r["validation_loss"] is not None}
         if results and not losses:

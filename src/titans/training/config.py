@@ -87,6 +87,10 @@ class TrainingConfig:
     weight_decay: float = option(0.1, "of matrices; norms, biases, gates and other vectors have none")
     max_grad_norm: float = option(1.0, "longer gradients are scaled down to this norm")
     bf16: bool = option(False, "bfloat16 autocast; weights, optimizer and memory state stay float32")
+    write_price_after: float = option(
+        0.0, "fraction of the run before model.memory_write_price is asked: beside attention, a memory that must pay "
+        "before it is of use shuts its gates for good"
+    )  # fmt: skip
     checkpoint_activations: bool = option(
         False, "keep what enters a block alone and work the rest out again in the backward pass: less memory, more time"
     )
@@ -103,7 +107,9 @@ class TrainingConfig:
         for name in ("weight_decay", "max_grad_norm", "seed"):
             require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "a number of at least 0")
         require(self.length > 1, "training.length", self.length, "at least 2: a token and the next")
-        require(0 <= self.warmup < 1, "training.warmup", self.warmup, "a fraction of the run, at least 0 and below 1")
+        for name in ("warmup", "write_price_after"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"training.{name}", value, "a fraction of the run, at least 0 and below 1")
 
     @property
     def steps(self) -> int:

@@ -65,6 +65,7 @@ def train(
         data_collator=data.collate,
         callbacks=[clock, MetricsFile(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard")],
         skip_nonfinite=config.training.skip_nonfinite,
+        write_price_after=config.training.write_price_after,
     )
     if trainer.is_world_process_zero():
         write_atomically(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))

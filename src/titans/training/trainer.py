@@ -28,25 +28,26 @@ _NO_DECAY = re.compile(r"(^|\.)(gates_proj|bias|\w*norm\w*|persistent\w*|conv|sk
 
 
 class RunTrainer(Trainer):
-    """The Trainer with seven differences.
+    """The Trainer with eight differences.
 
     All of the validation data counts, what fills no batch included. Checkpoints are whole or not there. A step whose
     loss or gradient is not finite never reaches the weights: it stops the run and leaves what reproduces it, or is
     skipped. Gates and norms do not decay. Logits are worked out where a label is, and nowhere else. Where a batch says
     which of its rows begin a document or a series (``titans.training.carried``), the others go on with the memory of
-    the batch before, in validation as well. Under FSDP2, too, bfloat16 is autocast's, and whatever is written for
-    others to read holds all of the weights.
+    the batch before, in validation as well. Writing may cost nothing at first. Under FSDP2, too, bfloat16 is
+    autocast's, and whatever is written for others to read holds all of the weights.
 
     Args:
         skip_nonfinite: skip steps that are not finite instead of stopping.
+        write_price_after: fraction of the steps before the model's ``memory_write_price`` is asked.
     """
 
-    def __init__(self, *args: Any, skip_nonfinite: bool = False, **kwargs: Any):
+    def __init__(self, *args: Any, skip_nonfinite: bool = False, write_price_after: float = 0.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled:  # autocast instead: its own bfloat16 would round M_0 and the states, too
             plugin: Any = self.accelerator.state.fsdp_plugin
             plugin.mixed_precision_policy = None
-        self.skip_nonfinite = skip_nonfinite
+        self.skip_nonfinite, self.write_price_after = skip_nonfinite, write_price_after
         self.carried: TitansCache | None = None
         self._before: TitansCache | None = None  # what was carried before the step
         self._batches: list[dict[str, Any]] = []  # of the step
@@ -70,13 +71,27 @@ class RunTrainer(Trainer):
             self.args.dataloader_drop_last = training
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with self._labelled_logits(inputs) as inputs:
+        with self._price_of_writing(), self._labelled_logits(inputs) as inputs:
             if "begins" not in inputs:
                 return super().compute_loss(model, inputs, *args, **kwargs)
             cache = TitansCache(len(self._titans().model.layers)) if self.carried is None else self.carried
             loss = super().compute_loss(model, {**inputs, "cache": cache}, *args, **kwargs)
             self.carried = cache.detach_()  # gradients stop at a window's start
             return loss
+
+    @contextmanager
+    def _price_of_writing(self) -> Iterator[None]:
+        """None before its time; a baseline knows no such price."""
+        config = self._titans().config
+        price = getattr(config, "memory_write_price", 0.0)
+        if not price or self.state.global_step >= self.write_price_after * self.state.max_steps:
+            yield
+            return
+        config.memory_write_price = 0.0
+        try:
+            yield
+        finally:
+            config.memory_write_price = price
 
     @contextmanager
     def _labelled_logits(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
