@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from titans.models import TitansForCausalLM
 from titans.tasks import get_task
 from titans.training.config import parse_config
 from titans.training.models import build_model, load_run
@@ -129,10 +130,28 @@ def test_norms_biases_and_gates_do_not_decay():
     assert not any(part in name for name in names for part in ("norm", "bias", "A_log", ".D"))
 
 
+def test_the_price_of_writing_comes_after_a_fraction_of_the_run(tmp_path, text, monkeypatch):
+    """Every checkpoint and the run itself name the whole price, whichever was asked then."""
+    run, asked, forward = config(tmp_path / "run", text, write_price_after=0.5), [], TitansForCausalLM.forward
+    run.model = {"variant": "lmm", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                 "num_memory_heads": 2, "memory_gate": "write", "memory_write_price": 0.1}  # fmt: skip
+
+    def spied(self, *args, **kwargs):
+        asked.extend([self.config.memory_write_price] if self.training else [])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(TitansForCausalLM, "forward", spied)
+    train(run, TASK, evaluate=False, progress=False)
+    assert asked == [0.0] * 6 + [0.1] * 6
+    saved = [*(tmp_path / "run" / "checkpoints").glob("*/config.json"), tmp_path / "run" / "config.json"]
+    assert [json.loads(path.read_text())["memory_write_price"] for path in saved] == [0.1] * 3
+
+
 def test_bad_values_name_the_mend(tmp_path, text):
     for training, message in (
         ({"length": 0}, r"training\.length=0 is not valid; use a number above 0"),
         ({"warmup": 1.5}, r"training\.warmup=1\.5"),
+        ({"write_price_after": 1}, r"training\.write_price_after=1"),
         ({"tokens": "many"}, r"training\.tokens.*many"),
         ({"lenght": 3}, r"'training\.lenght' is no option; did you mean 'training\.length'"),
     ):
