@@ -36,7 +36,7 @@ class TitansConfig(PreTrainedConfig):
         memory_activation, memory_residual, memory_norm, memory_online: see ``titans.memory.MemoryMLP``.
         memory_gate: ``"sigmoid"`` or ``"write"``, see ``titans.NeuralMemory``.
         memory_write_price: in training this much times the mean write gate of all tokens, heads and layers is added to
-            the loss, so that what need not be written is not. 0.1 is a start; needs ``memory_gate="write"``. Beside
+            the loss, so that what need not be written is not. 0.03 is a start; needs ``memory_gate="write"``. Beside
             attention it must not begin with the training: ``training.write_price_after``.
         memory_max_lr: largest inner step size theta; default as in ``titans.NeuralMemory``. Loaded with another
             ``chunk_size``, a model keeps the theta it was trained with.
