@@ -238,6 +238,7 @@ def test_bad_keys(values):
         ({"modles": {}}, "modles"),
         ({"models": {}}, "models"),
         ({"models": {"a": {"seeds": [0]}}}, r"models\.a"),
+        ({"models": {"a": {"model": {}, "training": 4e-3}}}, r"models\.a\.training=0\.004 .*a mapping of settings"),
         (
             {"models": {"a": {"model": {}, "training": {"tokens": 9}}}},
             r"models\.a\.training=\['tokens'\] .*one for all",

@@ -60,8 +60,10 @@ class Experiment:
             keys = "the keys 'model' and, if wanted, 'training', 'seeds' and 'panel'"
             require(not extra and "model" in entry, f"models.{name}", entry, keys)
             require(bool(self.seeds_of(name)), f"seeds of {name}", self.seeds_of(name), "at least one")
-            own = sorted(_BUDGET & set(self.own(name)))
-            require(not own, f"models.{name}.training", own, "no part of the budget, which is one for all models")
+            own = self.own(name)
+            require(isinstance(own, dict), f"models.{name}.training", own, "a mapping of settings")
+            budget = sorted(_BUDGET & set(own))
+            require(not budget, f"models.{name}.training", budget, "no part of the budget, which is one for all models")
         if self.tuning is not None:
             valid = set(self.tuning) == {"learning_rate", "tokens"}
             require(valid, "tuning", self.tuning, "the keys 'learning_rate' (a list) and 'tokens'")
