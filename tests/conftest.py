@@ -9,6 +9,10 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels on a CPU; triton, which transformers imports, reads it once
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the tests side by side, and for what they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
 settings.register_profile("titans", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("titans")
 
