@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from titans.tasks import get_task
 from titans.training import compare as module
 from titans.training.compare import Experiment, compare
+from titans.training.config import load_yaml
 
 TASK = get_task("language")
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -216,6 +217,30 @@ def test_varied_paths_go_by_their_last_part(values):
     assert Path(experiment.variants()["train=b.txt"].output) == Path(experiment.output) / "train-b.txt"
     with pytest.raises(ValueError, match="each value of the first setting once"):
         Experiment.from_dict(values | {"vary": {"data.train": ["x/a.txt", "y/a.txt"]}})
+
+
+def test_models_go_on_after_another_experiment(values, tmp_path):
+    """From their own weights of the same seed and the better rate; next to no learning leaves them as they were."""
+    del values["models"]["sliding"]
+    values["tuning"]["tokens"] = 1  # each rate is a whole run
+    first = tmp_path / "first.yaml"
+    first.write_text(json.dumps(values))
+    after = {key: value for key, value in values.items() if key not in ("models", "tuning")}
+    after |= {"after": str(first), "output": str(tmp_path / "second")}
+    after["training"] = values["training"] | {"tokens": 1, "learning_rate": 1e-12}
+    with pytest.raises(FileNotFoundError, match=r"holds no weights; .*train it: titans compare .*first\.yaml --models"):
+        compare(Experiment.from_dict(after), TASK, say=lambda text: None)
+
+    (start,) = compare(Experiment.from_dict(values), TASK, say=lambda text: None)["models"]["llama"]["runs"]
+    later = compare(Experiment.from_dict(after), TASK, say=lambda text: None)
+    (run,) = later["models"]["llama"]["runs"]
+    assert run["validation_loss"] == pytest.approx(start["validation_loss"], rel=1e-6)
+    assert load_yaml(Path(run["folder"]) / "config.yaml")["training"]["start_from"] == start["folder"]
+
+    (Path(start["folder"]) / "model.safetensors").unlink()  # what is done needs them no more
+    assert compare(Experiment.from_dict(after), TASK, say=lambda text: None)["models"] == later["models"]
+    with pytest.raises(ValueError, match="models='given' is not valid; use either"):
+        Experiment.from_dict(after | {"models": values["models"]})
 
 
 def test_any_sizes_may_be_allowed(values):

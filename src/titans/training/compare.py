@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from titans.training.config import TrainConfig, nearest, parse_config, require
+from titans.training.config import TrainConfig, load_yaml, nearest, parse_config, require
 from titans.training.files import write_atomically
 from titans.training.provenance import provenance
 from titans.training.run import train
@@ -40,6 +40,8 @@ class Experiment:
         vary: one setting of `data`, `evaluation` or `training` and its values, as in `{"data.horizon": [96, 192]}`: the
             whole comparison, tuning included, is made for each value, the mean over them reported and the course over
             them drawn. Further settings, with as many values each, change along with the first.
+        after: file of an earlier experiment whose models go on here, each from the weights of its run of the same seed;
+            `models` is left out then.
     """
 
     task: str
@@ -52,6 +54,7 @@ class Experiment:
     tuning: dict[str, Any] | None = None
     parameter_tolerance: float | None = 0.03
     vary: dict[str, list[Any]] | None = None
+    after: str | None = None
 
     def __post_init__(self):
         require(bool(self.models), "models", self.models, "a mapping from a model's name to its settings")
@@ -82,6 +85,10 @@ class Experiment:
         """Raises ValueError for an unknown or missing key."""
         unknown = set(values) - set(cls.__dataclass_fields__)
         require(not unknown, "experiment", sorted(unknown), f"the keys {', '.join(cls.__dataclass_fields__)}")
+        if values.get("after") is not None:
+            require("models" not in values, "models", "given", "either `models` or `after`, whose models go on")
+            earlier = _experiment(values["after"]).models
+            values = values | {"models": {name: {"model": entry["model"]} for name, entry in earlier.items()}}
         missing = {"task", "output", "models"} - set(values)
         require(not missing, "experiment", sorted(values), f"these keys as well: {', '.join(sorted(missing))}")
         return cls(**values)
@@ -121,13 +128,19 @@ class Experiment:
             "model": self.models[name]["model"],
             "data": self.data,
             "evaluation": self.evaluation,
-            "training": self.training | self.own(name) | training,
+            "training": self.training | self.own(name) | training | self._start(task, name, training.get("seed")),
         }
         defining = json.dumps({"task": self.task, **values}, sort_keys=True)
         config = copy.deepcopy(_parsed(task, defining))
         digest = hashlib.sha256(defining.encode()).hexdigest()[:10]
         config.output = str(Path(self.output) / "runs" / f"{name}-{kind}-{digest}")
         return config
+
+    def _start(self, task: Task, name: str, seed: int | None) -> dict[str, Any]:
+        """The setting of training that says where a run's weights come from."""
+        if self.after is None or seed is None:
+            return {}
+        return {"start_from": _experiment(self.after).final(task, name, seed).output}
 
     def trials(self, task: Task, name: str) -> dict[float, TrainConfig]:
         """The runs that try each learning rate."""
@@ -153,7 +166,7 @@ class Experiment:
             return {"learning_rate": self.own(name)["learning_rate"]}
         results = {rate: _result(config) for rate, config in self.trials(task, name).items()}
         losses = {rate: r["validation_loss"] for rate, r in results.items() if r and r["validation_loss"] is not None}
-        if results and not losses:
+        if results and None not in results.values() and not losses:
             raise FloatingPointError(f"models.{name}: every learning rate of {self.tuning} diverged; add lower ones")
         return {"learning_rate": min(losses, key=losses.__getitem__)} if losses else {}
 
@@ -192,6 +205,8 @@ def compare(
         for name in only or experiment.models:
             if index >= len(experiment.seeds_of(name)):
                 continue
+            if experiment.after is not None:
+                _check_start(experiment.final(task, name, experiment.seeds_of(name)[index]), experiment.after, name)
             ran = [
                 _run(config, task, say, evaluate=experiment.tries_whole_runs, trial=True)
                 for config in experiment.trials(task, name).values()
@@ -290,6 +305,11 @@ def _equal_parameters(experiment: Experiment, task: Task) -> dict[str, int]:
 
 
 @functools.cache
+def _experiment(path: str) -> Experiment:
+    return Experiment.from_dict(load_yaml(path))
+
+
+@functools.cache
 def _parsed(task: Task, defining: str) -> TrainConfig:
     """A run's configuration, checked; a comparison asks for each many times."""
     values = json.loads(defining)
@@ -320,6 +340,17 @@ def _run(config: TrainConfig, task: Task, say: Callable[[str], None], evaluate: 
         write_atomically(folder / "result.json", json.dumps(diverged, indent=1))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a finished run needs them no more
     return True
+
+
+def _check_start(config: TrainConfig, after: str, name: str) -> None:
+    """Raises FileNotFoundError if a run that is not done lacks the weights of the experiment `after`."""
+    folder = config.training.start_from
+    assert folder is not None
+    if _result(config) is None and not (Path(folder) / "model.safetensors").exists():
+        raise FileNotFoundError(
+            f"after={after!r}: {folder} holds no weights; delete that folder, if it is there, and train it: "
+            f"titans compare {after} --models [{name}]"
+        )
 
 
 def _write(experiment: Experiment, results: dict[str, Any], text: str) -> None:
