@@ -162,7 +162,7 @@ def values(tmp_path):
         "model": {"variant": "lmm", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
                   "num_memory_heads": 1, "memory_expansion": 1, "chunk_size": 32},
         "data": {"babi": str(tmp_path / "babi"), "train": book, "validation": book, "test": book,
-                 "validation_windows": 2},
+                 "lengths": [256], "validation_windows": 2},
         "training": {"length": 256, "batch_size": 2, "tokens": 1024, "eval_every": 1},
         "evaluation": {"task": ["qa1"], "lengths": [0, 300], "samples": 3, "max_new_tokens": 4},
     }  # fmt: skip

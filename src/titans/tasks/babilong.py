@@ -243,10 +243,16 @@ class Babilong(QuestionTask):
     evaluation_class = BabilongEvaluation
 
     def preset(self) -> dict[str, Any]:
-        """A small byte-level LMM that learns qa1 among as much text again."""
+        """A small byte-level MAG learns qa1, in growing lengths; what stands near is its attention's to see."""
         preset = super().preset()
-        training = preset["training"] | {"length": 1024, "batch_size": 8}
-        return preset | {"training": training, "evaluation": {"task": ["qa1"]}}
+        attention = {"variant": "mag", "intermediate_size": 24, "num_attention_heads": 2, "sliding_window": 64}
+        budget = {"length": 1024, "batch_size": 4, "tokens": 1e7, "write_price_after": 0.3}
+        return {
+            "model": preset["model"] | attention,
+            "data": {"lengths": [256, 512, 1024], "curriculum": True},
+            "training": preset["training"] | budget,
+            "evaluation": {"task": ["qa1"], "samples": 50},
+        }
 
     def makers(self, data: BabilongData, split: str, names: list[str], tokenizer: Any) -> dict[str, Maker]:
         from titans.training.text import split_documents
