@@ -228,7 +228,7 @@ def test_models_go_on_after_another_experiment(values, tmp_path):
     after = {key: value for key, value in values.items() if key not in ("models", "tuning")}
     after |= {"after": str(first), "output": str(tmp_path / "second")}
     after["training"] = values["training"] | {"tokens": 1, "learning_rate": 1e-12}
-    with pytest.raises(FileNotFoundError, match=r"holds no weights; .*train it: titans compare .*first\.yaml --models"):
+    with pytest.raises(FileNotFoundError, match=r"holds no weights; .* seed 0 of llama: titans compare .*first\.yaml "):
         compare(Experiment.from_dict(after), TASK, say=lambda text: None)
 
     (start,) = compare(Experiment.from_dict(values), TASK, say=lambda text: None)["models"]["llama"]["runs"]
@@ -241,6 +241,10 @@ def test_models_go_on_after_another_experiment(values, tmp_path):
     assert compare(Experiment.from_dict(after), TASK, say=lambda text: None)["models"] == later["models"]
     with pytest.raises(ValueError, match="models='given' is not valid; use either"):
         Experiment.from_dict(after | {"models": values["models"]})
+    varied = tmp_path / "varied.yaml"
+    varied.write_text(json.dumps(values | {"vary": {"training.length": [16, 32]}}))
+    with pytest.raises(ValueError, match=r"after=.*varied\.yaml' is not valid; use an experiment that varies nothing"):
+        Experiment.from_dict(after | {"after": str(varied)})
 
 
 def test_any_sizes_may_be_allowed(values):

@@ -87,8 +87,9 @@ class Experiment:
         require(not unknown, "experiment", sorted(unknown), f"the keys {', '.join(cls.__dataclass_fields__)}")
         if values.get("after") is not None:
             require("models" not in values, "models", "given", "either `models` or `after`, whose models go on")
-            earlier = _experiment(values["after"]).models
-            values = values | {"models": {name: {"model": entry["model"]} for name, entry in earlier.items()}}
+            earlier = _experiment(values["after"])
+            require(earlier.vary is None, "after", values["after"], "an experiment that varies nothing")
+            values = values | {"models": {name: {"model": earlier.models[name]["model"]} for name in earlier.models}}
         missing = {"task", "output", "models"} - set(values)
         require(not missing, "experiment", sorted(values), f"these keys as well: {', '.join(sorted(missing))}")
         return cls(**values)
@@ -348,8 +349,8 @@ def _check_start(config: TrainConfig, after: str, name: str) -> None:
     assert folder is not None
     if _result(config) is None and not (Path(folder) / "model.safetensors").exists():
         raise FileNotFoundError(
-            f"after={after!r}: {folder} holds no weights; delete that folder, if it is there, and train it: "
-            f"titans compare {after} --models [{name}]"
+            f"after={after!r}: {folder} holds no weights; delete that folder, if it is there, and train seed "
+            f"{config.training.seed} of {name}: titans compare {after} --models [{name}]"
         )
 
 
