@@ -243,7 +243,7 @@ class Babilong(QuestionTask):
     evaluation_class = BabilongEvaluation
 
     def preset(self) -> dict[str, Any]:
-        """A small byte-level MAG learns qa1, in growing lengths; what stands near is its attention's to see."""
+        """A small byte-level MAG that learns qa1 at growing lengths; its window sees a fact whole."""
         preset = super().preset()
         attention = {"variant": "mag", "intermediate_size": 24, "num_attention_heads": 2, "sliding_window": 64}
         budget = {"length": 1024, "batch_size": 4, "tokens": 1e7, "write_price_after": 0.3}

@@ -189,10 +189,20 @@ class QuestionTask:
 
     def preset(self) -> dict[str, Any]:
         """A small byte-level LMM of one online map that writes little, with a convolution across an answer."""
-        memory = {"num_memory_heads": 1, "memory_depth": 1, "memory_norm": False, "memory_residual": False}
-        memory |= {"memory_skip": False, "memory_online": True, "memory_max_lr": 0.5, "chunk_size": 64}
         return {
-            "model": small_lmm(**memory, memory_conv_size=12, memory_gate="write", memory_write_price=0.03),
+            "model": small_lmm(
+                num_memory_heads=1,
+                memory_depth=1,
+                memory_norm=False,
+                memory_residual=False,
+                memory_skip=False,
+                memory_online=True,
+                memory_max_lr=0.5,
+                memory_conv_size=12,
+                memory_gate="write",
+                memory_write_price=0.03,
+                chunk_size=64,
+            ),
             "training": {"length": 512, "batch_size": 8, "tokens": 4e6, "learning_rate": 4e-3, "eval_every": 0.1},
         }
 
