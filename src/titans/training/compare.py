@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from titans.training.config import TrainConfig, load_yaml, nearest, parse_config, require
+from titans.training.config import TrainConfig, config_parser, load_yaml, nearest, parse_config, require
 from titans.training.files import write_atomically
 from titans.training.provenance import provenance
 from titans.training.run import train
@@ -31,7 +31,8 @@ class Experiment:
         models: name -> `{"model": spec, "training": settings, "seeds": [..], "panel": title}`, all but the first
             optional: a model whose own settings hold a `learning_rate` tries none; models of one panel share axes in
             the picture of `vary`.
-        data, evaluation, training: as in a run's configuration, the same for every model that says nothing else.
+        data, evaluation, training: as in a run's configuration, the same for every model that says nothing else. What
+            none says has the option's own default: the task's preset may change, an experiment does not with it.
         seeds: of every model that names none of its own.
         tuning: `{"learning_rate": [..], "tokens": N}`: each model tries each rate with its first seed on a short run of
             its own, and keeps the one with the lowest validation loss. N up to 1 is a fraction of `training.tokens`; at
@@ -314,7 +315,8 @@ def _experiment(path: str) -> Experiment:
 def _parsed(task: Task, defining: str) -> TrainConfig:
     """A run's configuration, checked; a comparison asks for each many times."""
     values = json.loads(defining)
-    return parse_config(task, {part: values[part] for part in values if part != "task"})
+    parser = config_parser(task, preset={})
+    return parse_config(task, {part: values[part] for part in values if part != "task"}, parser=parser)
 
 
 def _result(config: TrainConfig) -> dict[str, Any] | None:

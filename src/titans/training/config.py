@@ -180,12 +180,12 @@ class ConfigParser(ArgumentParser):
         raise ValueError(re.sub(r"\s*\n\s*", " ", message))
 
 
-def config_parser(task: "Task", **kwargs: Any) -> ConfigParser:
+def config_parser(task: "Task", preset: dict[str, Any] | None = None, **kwargs: Any) -> ConfigParser:
     """The parser of a task's runs: `--config FILE.yaml`, then every key as a dotted option.
 
-    Defaults are those of the task's preset, its main experiment.
+    Defaults are those of `preset`, by default the task's own, its main experiment; elsewhere each option's.
     """
-    preset = task.preset()
+    preset = task.preset() if preset is None else preset
     parser = ConfigParser(**kwargs)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_argument("--task", type=str, default=task.name, help="what is learned")
