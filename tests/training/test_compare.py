@@ -296,3 +296,9 @@ def test_a_run_is_known_by_what_the_experiment_says(values):
     folder = Experiment.from_dict(values).config(TASK, "llama", "seed0", seed=0).output
     assert folder == f"{values['output']}/runs/llama-seed0-ed76c0d6aa"
     assert Experiment.from_dict(values).config(TASK, "llama", "seed0", seed=0, tokens=2048).output != folder
+
+
+def test_what_is_unsaid_is_no_matter_of_the_preset(values):
+    experiment = Experiment.from_dict(values)
+    assert TASK.preset()["data"]["validation_bytes"] != TASK.data_class().validation_bytes
+    assert experiment.config(TASK, "llama", "seed0").data.validation_bytes == TASK.data_class().validation_bytes
