@@ -91,12 +91,12 @@ def story(rng: random.Random) -> list[str]:
 
 
 def main(babi: str, folder: str) -> None:
+    """Writes the training file, beside links to all files of `babi` that the folder does not hold."""
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     for file in Path(babi).resolve(strict=True).glob("qa*"):
-        link = out / file.name
-        link.unlink(missing_ok=True)
-        link.symlink_to(file)
+        if not (out / file.name).exists():
+            (out / file.name).symlink_to(file)
     rng = random.Random(0)
     text = "".join(f"{line}\n" for _ in range(STORIES) for line in story(rng))
     write_atomically(out / "qa3_simulated_train.txt", text)
