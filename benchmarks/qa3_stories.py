@@ -67,11 +67,11 @@ class World:
         """
         found = []
         for thing, way in self.way.items():
-            first = 2 if thing in self.holder and way and way[0][1] < self.touched[thing] else 1
+            since = self.touched[thing] if thing in self.holder else 0
             latest = {way[at][0]: at for at in range(1, len(way))}
             for place, at in latest.items():
                 support = (self.touched[thing], way[at][1], way[at - 1][1])
-                if at >= first and max(support) > line - 5 and min(support) > line - 15:
+                if way[at - 1][1] > since and max(support) > line - 5 and min(support) > line - 15:
                     lines = " ".join(map(str, support))
                     found.append(f"Where was the {thing} before the {place}? \t{way[at - 1][0]}\t{lines}")
         return found
