@@ -6,10 +6,11 @@ from model_cases import VARIANTS, assert_equal, build, ids
 
 
 @pytest.mark.parametrize(
-    "variant", [v if v == "lmm" else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS]
-)  # fmt: skip
-def test_compiles_without_breaks(variant):
-    model, x = build(variant, "4 in 8", torch.float64, use_cache=False), ids(2, 14)
+    ("variant", "length"), [("lmm", 6), *(pytest.param(v, 14, marks=pytest.mark.slow) for v in VARIANTS)]
+)
+def test_compiles_without_breaks(variant, length):
+    """Whole and open chunks; at 14 tokens segments and windows, too."""
+    model, x = build(variant, "4 in 8", torch.float64, use_cache=False), ids(2, length)
     results = [run(x).logits for run in (torch.compile(model, backend="aot_eager", fullgraph=True), model)]
     assert_equal(*results)
     grads = [torch.autograd.grad(y.square().sum(), list(model.parameters()), allow_unused=True) for y in results]

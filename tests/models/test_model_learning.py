@@ -75,7 +75,7 @@ def recalls(variant: str, steps: int, least: float) -> None:
 
 
 def test_recall():
-    recalls("mag", 600, 0.9)
+    recalls("mag", 300, 0.9)
 
 
 @pytest.mark.slow

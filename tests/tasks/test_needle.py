@@ -347,7 +347,7 @@ def test_all_models_compare_and_the_best_stands_first(values, tmp_path):
             "models": {name: {"model": spec} for name, spec in specs.items()},
             "data": values["data"] | {"lengths": [600]},
             "training": values["training"] | {"tokens": 1200},
-            "evaluation": {"lengths": [700], "samples": 2, "max_new_tokens": 4},
+            "evaluation": {"lengths": [600], "samples": 1, "max_new_tokens": 1},
             "parameter_tolerance": 10,
         }
     )
