@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -105,7 +106,7 @@ def test_help_of_every_command(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
-    assert "examples:" in capsys.readouterr().out
+    assert re.search(rf"\nexamples:\n  .*titans {command}\b", capsys.readouterr().out)
 
 
 def test_help_imports_nothing_heavy():

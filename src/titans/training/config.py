@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin
 
-from jsonargparse import ArgumentError, ArgumentParser, get_loader
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, get_loader
 
 if TYPE_CHECKING:
     from titans.training.task import Task
@@ -143,8 +143,18 @@ class TrainConfig:
         return asdict(self)
 
 
+class _HelpFormatter(DefaultHelpFormatter):
+    """Examples keep their lines."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
+
+
 class ConfigParser(ArgumentParser):
     """Raises ValueError for a bad key, naming the nearest valid one. Lists may be written `--lengths 512 1024`."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(formatter_class=_HelpFormatter, **kwargs)
 
     def parse_args(self, args: Sequence[str], *rest: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         return super().parse_args(self._with_lists(args), *rest, **kwargs)
