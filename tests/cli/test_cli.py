@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -67,6 +68,13 @@ def test_eval(run, tmp_path, capsys):
     assert main(["eval", "language", str(run), *options]) == 0
     assert "anew every 16" in capsys.readouterr().out
     assert json.loads((tmp_path / "o.json").read_text())["bytes"] == 450
+
+
+def test_a_copied_run_without_its_tokenizer(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("tokenizer*"))
+    for command in (["eval", "language", str(copy)], ["generate", str(copy)]):
+        assert main(command) == 2
+        assert "its tokenizer's files were left behind" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> None:
 
     model, tokenizer = load_run(options.run)
     config = load_yaml(Path(options.run) / "config.yaml")
-    if config["task"] != task.name:
+    if config["task"] != task.name or hasattr(task.data_class(), "tokenizer"):
         check_text_run(options.run, model, tokenizer)
     data = parse_config(task, config).data if config["task"] == task.name else task.data_class()
     data = replace(data, **{name: value for name, value in vars(options.data).items() if value is not None})

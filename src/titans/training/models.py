@@ -221,6 +221,9 @@ def load_text_run(run: str) -> tuple[Any, Any]:
 def check_text_run(run: str, model: PreTrainedModel, tokenizer: Any) -> None:
     """Raises ValueError where a run's model reads no text, or writes none."""
     if tokenizer is None:
-        raise ValueError(f"run={run!r} has no tokenizer: its model reads no text; give a run trained on text")
+        raise ValueError(
+            f"run={run!r} has no tokenizer: its model reads no text, or its tokenizer's files were left behind; "
+            "give the whole folder of a run trained on text"
+        )
     if not model.can_generate():
         raise ValueError(f"run={run!r} holds a {type(model).__name__}, which writes no text; give a language model")
