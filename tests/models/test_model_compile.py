@@ -6,7 +6,7 @@ from model_cases import VARIANTS, assert_equal, build, ids
 
 
 @pytest.mark.parametrize(
-    ("variant", "length"), [("lmm", 6), *(pytest.param(v, 14, marks=pytest.mark.slow) for v in VARIANTS)]
+    ("variant", "length"), [("lmm", 10), *(pytest.param(v, 14, marks=pytest.mark.slow) for v in VARIANTS)]
 )
 def test_compiles_without_breaks(variant, length):
     """Whole and open chunks; at 14 tokens segments and windows, too."""

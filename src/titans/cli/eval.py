@@ -57,14 +57,14 @@ def main(arguments: list[str]) -> None:
     options = parse(parser, arguments)
 
     quiet_libraries()
-    from titans.training.config import load_yaml, parse_config
+    from titans.training.config import TextData, load_yaml, parse_config
     from titans.training.files import write_atomically
     from titans.training.models import check_text_run, load_run
     from titans.training.provenance import provenance
 
     model, tokenizer = load_run(options.run)
     config = load_yaml(Path(options.run) / "config.yaml")
-    if config["task"] != task.name or hasattr(task.data_class(), "tokenizer"):
+    if config["task"] != task.name or issubclass(task.data_class, TextData):
         check_text_run(options.run, model, tokenizer)
     data = parse_config(task, config).data if config["task"] == task.name else task.data_class()
     data = replace(data, **{name: value for name, value in vars(options.data).items() if value is not None})
