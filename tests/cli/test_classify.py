@@ -3,6 +3,7 @@
 import csv
 import gzip
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -117,3 +118,15 @@ def test_runs_that_cannot_classify(run, tmp_path, capsys):
     assert main(["classify", str(folder), "a.fa", "-o", str(tmp_path / "out.csv")]) == 2
     assert "task of" in (error := capsys.readouterr().err)
     assert "='language' is not valid; use a run of the task 'dna'" in error
+    (folder / "config.yaml").write_text((Path(run.path) / "config.yaml").read_text())
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (tmp_path / "a.fa").write_text(">one\nACGT\n")
+    (tmp_path / "test.csv").write_text("sequence,label\nACGT,hot\n")
+    for command in (
+        ["classify", str(folder), str(tmp_path / "a.fa"), "-o", str(tmp_path / "out.csv")],
+        ["eval", "dna", str(folder), "--data", str(tmp_path)],
+    ):
+        assert main(command) == 2
+        assert "tokenizer=None is not valid; use the whole folder of the run" in capsys.readouterr().err
+    assert not (tmp_path / "out.csv").exists()

@@ -1,5 +1,6 @@
 """The commands, from their arguments to their messages."""
 
+import importlib.metadata
 import io
 import json
 import re
@@ -115,6 +116,11 @@ def test_help_of_every_command(command, capsys):
         main([command, "--help"])
     assert stop.value.code == 0
     assert re.search(rf"\nexamples:\n  .*titans {command}\b", capsys.readouterr().out)
+
+
+def test_the_version_is_the_installed_one(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"titans {importlib.metadata.version('titans')}\n"
 
 
 def test_help_imports_nothing_heavy():

@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+import titans
+
 COMMANDS = {
     "prepare": "tokenize texts of any size once, for training that never loads them whole",
     "train": "train a model; without arguments, a small one on text this machine already has",
@@ -32,6 +34,7 @@ examples:
   titans classify runs/tata genes.fa -o calls.csv
   titans forecast data.csv --horizon 96 -o forecast.csv
   titans COMMAND --help                         all options of a command
+  titans --version
 """
 
 
@@ -40,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
+        return 0
+    if arguments[0] == "--version":
+        print(f"titans {titans.__version__}")
         return 0
     command = arguments.pop(0)
     try:
