@@ -87,12 +87,7 @@ def probabilities(
 
     Args:
         both_strands: the mean over each sequence and its reverse complement.
-
-    Raises:
-        ValueError: no tokenizer, as where a run's files were left behind.
     """
-    files = "the whole folder of the run, with its tokenizer.json and tokenizer_config.json"
-    require(tokenizer is not None, "tokenizer", tokenizer, files)
     ids = [row.tolist() for row in encode(tokenizer, sequences)]
     inputs = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
     with torch.inference_mode():

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from titans.models.configuration import linear_start
-from titans.training.config import check_settings, nearest, refusals
+from titans.training.config import check_settings, nearest, refusals, require
 
 # type -> (module, config class, model class, defaults that make a model of about a million parameters). The embeddings
 # are tied in all of them.
@@ -181,7 +181,7 @@ def load_run(run: str) -> tuple[Any, Any]:
     Raises:
         FileNotFoundError: no run there, or one that has not finished.
         ImportError: the model needs a package that is not installed.
-        ValueError: the checkpoint cannot be read.
+        ValueError: the checkpoint cannot be read, or a classifier's tokenizer is missing.
     """
     import titans.training.classifiers
     import titans.training.forecasters
@@ -208,7 +208,10 @@ def load_run(run: str) -> tuple[Any, Any]:
     if torch.cuda.is_available():
         model.cuda()
     has_tokenizer = (folder / "tokenizer_config.json").exists()
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
+    files = "the whole folder of the run, with its tokenizer.json and tokenizer_config.json"
+    require(has_tokenizer or auto is not AutoModelForSequenceClassification, "tokenizer", tokenizer, files)
+    return model.eval(), tokenizer
 
 
 def load_text_run(run: str) -> tuple[Any, Any]:
