@@ -213,13 +213,13 @@ def test_auto_on_a_gpu_takes_the_kernels(monkeypatch):
 def test_auto_on_a_gpu_says_once_why_not(triton, network, chunk, reason, monkeypatch):
     monkeypatch.setattr("triton.__version__", triton)
     dispatch._warn_once.cache_clear()
-    with pytest.warns(UserWarning, match=f"backend='auto' takes 'chunked', not the faster kernels: .*{reason}") as seen:
+    with pytest.warns(UserWarning, match=f"'auto' takes 'chunked', not the faster 'triton': .*{reason}") as seen:
         for _ in range(2):
             assert dispatch._fast_path("auto", ON_GPU, network, chunk) is dispatch.scan  # type: ignore[arg-type]
     assert len(seen) == 1
 
 
-def test_auto_on_a_cpu_is_chunked(launches):
+def test_auto_on_a_cpu_leaves_them(launches):
     small(MemoryMLP()).to("cpu").run("auto", info=False)
     assert not launches
 

@@ -3,20 +3,22 @@
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from titans.memory import kernels, native
 from titans.memory.chunked import chunked
-from titans.memory.kernels import unproven, unsupported
 from titans.memory.network import MemoryMLP
 from titans.memory.pieces import align, check_mask, in_pieces, take
 from titans.memory.reference import reference
 from titans.memory.scan import scan
 from titans.memory.state import MemoryState
 
-BACKENDS = ("auto", "chunked", "triton", "reference")
+FUSED = {"triton": kernels, "native": native}
+BACKENDS = ("auto", "chunked", *FUSED, "reference")
 FORGET = ("zero", "start")
 
 
@@ -69,18 +71,20 @@ def neural_memory(
         forget: "zero", the paper's ``M = (1 - alpha) M + S``; "start", ``M = (1 - alpha) M + alpha M_0 + S``: what was
             written fades, what was learned in training does not. The state is then relative to M_0 (``M - M_0``), and
             the maps of ``weights`` are read in every call.
-        backend: "chunked", in plain PyTorch; "triton", the same with fused kernels for whole chunks in a row (not where
-            ``return_info`` or a mask asks for chunk by chunk); "reference", token by token, for tests; "auto",
-            "triton" on a GPU where it can be (a warning, once, says why not) and ``torch.compile`` is not at work,
-            which cannot look into kernels; else "chunked".
+        backend: "chunked", in plain PyTorch; for whole chunks in a row (which ``return_info`` and masks rule out)
+            two faster ways to the same numbers: "triton", fused kernels on a GPU, and "native", C on a CPU, compiled
+            when it is first taken, for widths and chunks that are multiples of 16; "reference", token by token, for
+            tests; "auto", the fastest there is (a warning, once, says what keeps a GPU from its kernels, or that there
+            is no compiler), but "chunked" under ``torch.compile``, which looks into nothing else.
         return_info: also return ``MemoryInfo``.
 
     Returns:
         out [B, T, H, D] and the state after the last token (and ``MemoryInfo``, if asked for).
 
     Raises:
-        ValueError: shapes, dtypes or the state do not fit, or backend="triton" cannot be taken; the message names the
+        ValueError: shapes, dtypes or the state do not fit, or the backend cannot be taken; the message names the
             argument.
+        OSError: backend="native" cannot be compiled.
     """
     maps, affine = network.split(weights)
     _check(q, k, v, (lr, log_momentum, log_retention), maps, affine, network, chunk_size, forget, backend)
@@ -111,17 +115,20 @@ def neural_memory(
 
 def _fast_path(backend: str, q: Tensor, network: MemoryMLP, chunk_size: int) -> Callable:
     """What works through whole chunks in a row."""
-    asked = backend == "triton"
-    if not asked and (backend != "auto" or not q.is_cuda or torch.compiler.is_compiling()):
+    auto = backend == "auto"
+    if backend not in ("auto", *FUSED) or (auto and torch.compiler.is_compiling()):
         return scan
-    reason = unsupported(q, network, chunk_size) or (None if asked else unproven(network))
+    name = ("triton" if q.is_cuda else "native") if auto else backend
+    reason = FUSED[name].unsupported(q, network, chunk_size)
+    if auto and name == "native" and reason is not None:
+        return scan  # float64, small, online: no news to who did not ask
+    if auto:
+        reason = reason or FUSED[name].unproven(network)
     if reason is None:
-        from titans.memory.kernels.scan import scan as fused
-
-        return fused
-    if asked:
-        raise ValueError(f"backend='triton' cannot be taken: {reason}, or take backend='chunked'")
-    _warn_once(f"backend='auto' takes 'chunked', not the faster kernels: {reason}")
+        return import_module(f"{FUSED[name].__name__}.scan").scan
+    if not auto:
+        raise ValueError(f"backend='{backend}' cannot be taken: {reason}, or take backend='chunked'")
+    _warn_once(f"backend='auto' takes 'chunked', not the faster '{name}': {reason}")
     return scan
 
 

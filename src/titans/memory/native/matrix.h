@@ -1,0 +1,180 @@
+/* Products of small matrices, and what goes over their rows: float32, every size a multiple of 16. */
+
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* A tile of a product stays in registers: DOWN rows of ACROSS vectors. */
+#ifdef __AVX512F__
+enum { LANES = 16, ACROSS = 4, DOWN = 6 };
+#else
+enum { LANES = 8, ACROSS = 2, DOWN = 6 };
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4)));
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+  float *at;
+  long row, column; /* steps */
+} matrix;
+
+typedef struct { /* a number for every row */
+  const float *at;
+  long step;
+} column;
+
+enum { FULL, LOWER, UPPER }; /* LOWER: nothing right of the diagonal, UPPER: nothing left of it */
+
+static const float ONE = 1, MINUS = -1;
+static const column PLUS_ALL = {&ONE, 0}, MINUS_ALL = {&MINUS, 0};
+
+INLINE matrix dense(float *at, long width) { return (matrix){at, width, 1}; }
+INLINE matrix transposed(matrix m) { return (matrix){m.at, m.column, m.row}; }
+INLINE vec load(const float *at) { return *(const vec *)at; }
+INLINE void store(float *at, vec x) { *(vec *)at = x; }
+INLINE void add(float *at, vec x) { store(at, load(at) + x); }
+INLINE vec all(float x) { return x - (vec){0}; }
+INLINE vec choose(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
+
+static float sum(vec x) {
+  float part[LANES];
+  store(part, x);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) part[i] += part[i + half];
+  return part[0];
+}
+
+typedef struct { /* what a product is added to: p P + q Q, both laid out like the result; NULL: nothing */
+  const float *P, *Q;
+  float p, q;
+} sum_of;
+
+INLINE void tile(const int down, const int across, long from, long depth, matrix a, const float *b, long b_row, float *c,
+                 long c_row, column scale, sum_of to, long place) {
+  vec acc[DOWN][ACROSS];
+  for (int i = 0; i < down; i++)
+    for (int j = 0; j < across; j++) acc[i][j] = (vec){0};
+  for (long l = from; l < depth; l++) {
+    vec row[ACROSS];
+    for (int j = 0; j < across; j++) row[j] = load(b + l * b_row + j * LANES);
+    for (int i = 0; i < down; i++) {
+      float x = a.at[i * a.row + l * a.column];
+      for (int j = 0; j < across; j++) acc[i][j] += x * row[j];
+    }
+  }
+  for (int i = 0; i < down; i++)
+    for (int j = 0; j < across; j++) {
+      long here = place + i * c_row + j * LANES;
+      vec x = acc[i][j] * scale.at[i * scale.step];
+      if (to.P) x += to.p * load(to.P + here);
+      if (to.Q) x += to.q * load(to.Q + here);
+      store(c + here, x);
+    }
+}
+
+INLINE void strip(const int across, long rows, long depth, matrix a, const float *b, long b_row, float *c, long c_row,
+                  column scale, sum_of to, long place, const int shape) {
+  long i = 0;
+#define TILE(down)                                                                                                  \
+  tile(down, across, shape == UPPER ? i : 0, shape == LOWER ? i + down : depth,                                     \
+       (matrix){a.at + i * a.row, a.row, a.column}, b, b_row, c, c_row,                                             \
+       (column){scale.at + i * scale.step, scale.step}, to, place + i * c_row)
+  for (; i + DOWN <= rows; i += DOWN) TILE(DOWN);
+  switch (rows - i) { /* rows are multiples of 16 */
+  case 4: TILE(4); break;
+  case 2: TILE(2); break;
+  }
+#undef TILE
+}
+
+/* c [m, n] = to + scale (a [m, l] b [l, n]), the scale by row; b's rows are contiguous; a may be triangular. */
+INLINE void product_of(const int shape, float *c, long c_row, sum_of to, long m, long n, long l, matrix a, matrix b,
+                       column scale) {
+  long j = 0;
+  for (; j + ACROSS * LANES <= n; j += ACROSS * LANES)
+    strip(ACROSS, m, l, a, b.at + j, b.row, c, c_row, scale, to, j, shape);
+  for (; j + 2 * LANES <= n; j += 2 * LANES) strip(2, m, l, a, b.at + j, b.row, c, c_row, scale, to, j, shape);
+  for (; j < n; j += LANES) strip(1, m, l, a, b.at + j, b.row, c, c_row, scale, to, j, shape);
+}
+
+static void product_onto(matrix c, sum_of to, long m, long n, long l, matrix a, matrix b, column scale) {
+  product_of(FULL, c.at, c.row, to, m, n, l, a, b, scale);
+}
+
+static void add_lower_product(matrix c, long m, long n, matrix a, matrix b, column scale) {
+  product_of(LOWER, c.at, c.row, (sum_of){c.at, NULL, 1, 0}, m, n, m, a, b, scale);
+}
+
+static void lower_product(matrix c, long m, long n, matrix a, matrix b) {
+  product_of(LOWER, c.at, c.row, (sum_of){0}, m, n, m, a, b, PLUS_ALL);
+}
+
+static void add_upper_product(matrix c, long m, long n, matrix a, matrix b, column scale) {
+  product_of(UPPER, c.at, c.row, (sum_of){c.at, NULL, 1, 0}, m, n, m, a, b, scale);
+}
+
+static void product(matrix c, long m, long n, long l, matrix a, matrix b, column scale) {
+  product_onto(c, (sum_of){0}, m, n, l, a, b, scale);
+}
+
+static void add_product(matrix c, long m, long n, long l, matrix a, matrix b, column scale) {
+  product_onto(c, (sum_of){c.at, NULL, 1, 0}, m, n, l, a, b, scale);
+}
+
+/* to [n, m] from [m, n] */
+static void transpose(float *restrict to, matrix from, long m, long n) {
+  for (long i = 0; i < m; i += 16)
+    for (long j = 0; j < n; j += 16)
+      for (long y = j; y < j + 16; y++)
+        for (long x = i; x < i + 16; x++) to[y * m + x] = from.at[x * from.row + y];
+}
+
+static void times(float *to, const float *a, const float *b, long n) {
+  for (long i = 0; i < n; i += LANES) store(to + i, load(a + i) * load(b + i));
+}
+
+static void plus(float *to, const float *a, const float *b, long n) {
+  for (long i = 0; i < n; i += LANES) store(to + i, load(a + i) + load(b + i));
+}
+
+static void add_rows(matrix to, matrix x, long rows, long n) {
+  for (long t = 0; t < rows; t++)
+    for (long i = 0; i < n; i += LANES) add(to.at + t * to.row + i, load(x.at + t * x.row + i));
+}
+
+static float dot(const float *a, const float *b, long n) {
+  vec total[4] = {{0}};
+  long i = 0;
+  for (; i + 4 * LANES <= n; i += 4 * LANES)
+    for (int j = 0; j < 4; j++) total[j] += load(a + i + j * LANES) * load(b + i + j * LANES);
+  for (; i < n; i += LANES) total[0] += load(a + i) * load(b + i);
+  return sum((total[0] + total[1]) + (total[2] + total[3]));
+}
+
+/* to [rows, n] = x, every row times its weight */
+static void scale(matrix to, matrix x, column weight, long rows, long n) {
+  for (long t = 0; t < rows; t++)
+    for (long i = 0; i < n; i += LANES)
+      store(to.at + t * to.row + i, weight.at[t * weight.step] * load(x.at + t * x.row + i));
+}
+
+/* to [rows, n] = a and b, added with two weights a row */
+static void mix(matrix to, const float *a, const float *b, const float *weights, long rows, long n) {
+  for (long t = 0; t < rows; t++)
+    for (long i = 0; i < n; i += LANES)
+      store(to.at + t * to.row + i, weights[2 * t] * load(a + t * n + i) + weights[2 * t + 1] * load(b + t * n + i));
+}
+
+/* Adds the gradient of such weights, times sign, where a and b met x. */
+static void add_weights_grad(float *to, float sign, const float *a, const float *b, matrix x, long rows, long n) {
+  for (long t = 0; t < rows; t++) {
+    to[2 * t] += sign * dot(a + t * n, x.at + t * x.row, n);
+    to[2 * t + 1] += sign * dot(b + t * n, x.at + t * x.row, n);
+  }
+}

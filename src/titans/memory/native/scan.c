@@ -1,0 +1,424 @@
+/* Whole chunks in a row on a CPU, one memory after the other: its maps stay in the core's own cache.
+
+   README.md, sections 2 and 3; names as in memory/scan.py: x, z inputs and outputs of the maps at the keys, d the
+   loss's gradients at z, u those at x; h, r at the queries; w, s a map and its momentum; g... gradients. */
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "job.h"
+#include "masks.h"
+#include "pointwise.h"
+
+/* ---- memory ---- */
+
+/* What a chunk leaves for its backward. */
+typedef struct {
+  float *maps[MAPS], *z[MAPS], *r[MAPS], *u[MAPS], *raw[MAPS]; /* map and momentum before it; raw: scores, no mask */
+} record;
+
+typedef struct {
+  float *spare[2];                                   /* records, where there is no tape, and the last maps */
+  float *base[MAPS], *gbase[MAPS], *base_turned[MAPS];
+  float *x[MAPS], *d[MAPS], *h[MAPS];                /* x, h: from the second map on */
+  float *slope[MAPS], *curvature[MAPS], *read_slope[MAPS];
+  float *gw[MAPS], *gx[MAPS], *gd[MAPS], *gu[MAPS];
+  float *frozen[MAPS], *turned[MAPS], *other;        /* turned: transposed; other: any map */
+  float *narrow, *one, *two, *gr[2], *minus;         /* rows of tokens */
+  float *scores, *gscores;
+  normed normed;
+  masks masks, gmasks;
+} scratch;
+
+static float *take(float **at, long n) {
+  float *here = *at;
+  *at += (n + 15) / 16 * 16;
+  return here;
+}
+
+static long lay_record(const job *j, float *from, record *r) {
+  float *at = from;
+  long C = j->size;
+  for (int i = 0; i < j->depth; i++) {
+    long in = j->widths[i], out = j->widths[i + 1];
+    r->maps[i] = take(&at, 2 * in * out), r->z[i] = take(&at, C * out), r->r[i] = take(&at, C * out);
+    r->raw[i] = take(&at, C * C), r->u[i] = i ? take(&at, C * in) : NULL;
+  }
+  return at - from;
+}
+
+int64_t tape_size(const job *j) {
+  record unused;
+  return lay_record(j, NULL, &unused);
+}
+
+static masks lay_masks(float **at, long C) {
+  masks m = {.lr = take(at, C), .keep = take(at, C), .kept = take(at, C)};
+  m.retention = take(at, C * C), m.momentum = take(at, C * C), m.both = take(at, C * C), m.write = take(at, C * C);
+  m.read = take(at, 2 * C), m.to_state = take(at, 2 * C);
+  return m;
+}
+
+static long lay_scratch(const job *j, float *from, scratch *s) {
+  float *at = from;
+  long C = j->size, D = j->widths[0], wide = C, map = 0;
+  for (int i = 0; i < j->depth; i++) {
+    long in = j->widths[i], out = j->widths[i + 1], here = in * out;
+    wide = in > wide ? in : wide, map = here > map ? here : map;
+    s->base[i] = take(&at, here), s->gbase[i] = take(&at, here), s->base_turned[i] = take(&at, here);
+    s->frozen[i] = take(&at, here), s->turned[i] = take(&at, here), s->gw[i] = take(&at, 2 * here);
+    s->x[i] = take(&at, C * in), s->h[i] = take(&at, C * in), s->gx[i] = take(&at, C * in);
+    s->d[i] = take(&at, C * out), s->gd[i] = take(&at, C * out), s->gu[i] = take(&at, C * out);
+    s->slope[i] = take(&at, C * out), s->curvature[i] = take(&at, C * out), s->read_slope[i] = take(&at, C * out);
+  }
+  for (int i = 0; i < 2; i++) s->spare[i] = take(&at, tape_size(j)), s->gr[i] = take(&at, C * wide);
+  s->other = take(&at, map > C * wide ? map : C * wide), s->narrow = take(&at, C * wide);
+  s->one = take(&at, C * wide), s->two = take(&at, C * wide), s->minus = take(&at, 2 * C);
+  s->scores = take(&at, C * C), s->gscores = take(&at, C * C);
+  s->normed = (normed){take(&at, C * D), take(&at, C * D), take(&at, C)};
+  s->masks = lay_masks(&at, C), s->gmasks = lay_masks(&at, C);
+  return at - from;
+}
+
+/* ---- one chunk ---- */
+
+/* A memory's inputs and output there, or their gradients: rows of [B, T, H, D], gates [B, T, H, 3]. */
+typedef struct {
+  matrix q, k, v, out, gates;
+} inputs;
+
+typedef struct {
+  const job *j;
+  scratch *s;
+  record now;
+  inputs t, gt;
+  affine a, ga;
+  matrix x[MAPS], d[MAPS], h[MAPS];
+} chunk;
+
+typedef struct {
+  long in, out, map;
+} sizes;
+
+INLINE sizes sizes_of(const chunk *c, int i) {
+  long in = c->j->widths[i], out = c->j->widths[i + 1];
+  return (sizes){in, out, in * out};
+}
+
+INLINE column first_of(const float *pairs) { return (column){pairs, 2}; }
+INLINE column second_of(const float *pairs) { return (column){pairs + 1, 2}; }
+
+static inputs rows_of(const job *j, long g, long c, const float *q, const float *k, const float *v, const float *out,
+                      const float *gates) {
+  long H = j->heads, D = j->widths[0], token = (g / H * j->chunks + c) * j->size * H + g % H;
+#define ROWS(x) ((matrix){(float *)(x) + token * D, H * D, 1})
+  return (inputs){ROWS(q), ROWS(k), ROWS(v), ROWS(out), {(float *)gates + token * 3, H * 3, 1}};
+#undef ROWS
+}
+
+static record record_of(const job *j, scratch *s, long g, long c) {
+  record r;
+  lay_record(j, j->tape && c < j->chunks ? j->tape + (g * j->chunks + c) * tape_size(j) : s->spare[c % 2], &r);
+  return r;
+}
+
+static affine affine_of(const float *gain, const float *bias, long g, long D) {
+  return gain ? (affine){(float *)gain + g * D, (float *)bias + g * D} : (affine){0};
+}
+
+/* Chunk n of memory g, its masks made. */
+static chunk chunk_of(const job *j, scratch *s, long g, long n) {
+  long D = j->widths[0];
+  chunk c = {.j = j, .s = s, .now = record_of(j, s, g, n)};
+  c.t = rows_of(j, g, n, j->q, j->k, j->v, j->out, j->gates);
+  c.gt = rows_of(j, g, n, j->gq, j->gk, j->gv, j->gout, j->ggates);
+  c.a = affine_of(j->gain, j->bias, g, D), c.ga = affine_of(j->ggain, j->gbias, g, D);
+  for (int i = 0; i < j->depth; i++) {
+    sizes m = sizes_of(&c, i);
+    c.x[i] = i ? dense(s->x[i], m.in) : c.t.k, c.h[i] = i ? dense(s->h[i], m.in) : c.t.q, c.d[i] = dense(s->d[i], m.out);
+  }
+  make_masks(&s->masks, c.t.gates, j);
+  return c;
+}
+
+/* The map at which a chunk's gradients are taken. */
+static matrix frozen(const chunk *c, int i) {
+  sizes m = sizes_of(c, i);
+  if (!c->j->base[i]) return dense(c->now.maps[i], m.out);
+  plus(c->s->frozen[i], c->now.maps[i], c->s->base[i], m.map);
+  return dense(c->s->frozen[i], m.out);
+}
+
+static void read_keys(const chunk *c) {
+  const job *j = c->j;
+  scratch *s = c->s;
+  long C = j->size, L = j->depth;
+  matrix w[MAPS];
+  for (int i = 0; i < L; i++) {
+    sizes m = sizes_of(c, i);
+    float *z = c->now.z[i];
+    product(dense(z, m.out), C, m.out, m.in, c->x[i], w[i] = frozen(c, i), PLUS_ALL);
+    for (long l = 0; i < L - 1 && l < C * m.out; l += LANES) {
+      point p = activate(j->activation, load(z + l));
+      store(s->x[i + 1] + l, p.value);
+      store(s->slope[i] + l, p.slope);
+    }
+  }
+  signal(s->d[L - 1], s->normed, c->now.z[L - 1], c->t.k, c->t.v, c->a, j);
+  for (int i = L - 1; i > 0; i--) {
+    sizes m = sizes_of(c, i);
+    transpose(s->other, w[i], m.in, m.out);
+    product(dense(c->now.u[i], m.in), C, m.in, m.out, c->d[i], dense(s->other, m.in), PLUS_ALL);
+    times(s->d[i - 1], c->now.u[i], s->slope[i - 1], C * m.in);
+  }
+}
+
+static void read_queries(const chunk *c) {
+  const job *j = c->j;
+  scratch *s = c->s;
+  long C = j->size, L = j->depth;
+  const float *read = s->masks.read;
+  for (int i = 0; i < L; i++) {
+    sizes m = sizes_of(c, i);
+    matrix r = dense(c->now.r[i], m.out), h = c->h[i];
+    product(r, C, m.out, m.in, h, dense(c->now.maps[i], m.out), first_of(read));
+    add_product(r, C, m.out, m.in, h, dense(c->now.maps[i] + m.map, m.out), second_of(read));
+    if (j->base[i]) add_product(r, C, m.out, m.in, h, dense(s->base[i], m.out), PLUS_ALL);
+    transpose(s->other, c->x[i], C, m.in);
+    product(dense(c->now.raw[i], C), C, C, m.in, h, dense(s->other, C), PLUS_ALL);
+    times(s->scores, c->now.raw[i], s->masks.write, C * C);
+    add_lower_product(r, C, m.out, dense(s->scores, C), c->d[i], MINUS_ALL);
+    for (long l = 0; i < L - 1 && l < C * m.out; l += LANES)
+      store(s->h[i + 1] + l, activate(j->activation, load(r.at + l)).value);
+  }
+  finish(c->t.out, c->now.r[L - 1], c->t.q, c->a, j);
+}
+
+/* Both sides of what tokens write to a map, or of what reads give to its gradient; the narrower is weighted by token. */
+typedef struct {
+  matrix left, right;
+} sides;
+
+static sides weighted(const chunk *c, matrix x, matrix d, column weight, sizes m) {
+  int left = m.in <= m.out;
+  matrix narrow = dense(c->s->narrow, left ? m.in : m.out);
+  scale(narrow, left ? x : d, weight, c->j->size, narrow.row);
+  return (sides){transposed(left ? narrow : x), left ? d : narrow};
+}
+
+static void write_maps(const chunk *c, float *const *next) {
+  const float *T = c->s->masks.transition, *to_state = c->s->masks.to_state;
+  for (int i = 0; i < c->j->depth; i++) {
+    sizes m = sizes_of(c, i);
+    float *w = c->now.maps[i], *momentum = w + m.map;
+    sides p = weighted(c, c->x[i], c->d[i], first_of(to_state), m);
+    matrix to = dense(next[i], m.out);
+    product_onto(to, (sum_of){w, momentum, T[0], T[1]}, m.in, m.out, c->j->size, p.left, p.right, MINUS_ALL);
+    p = weighted(c, c->x[i], c->d[i], second_of(to_state), m), to.at += m.map;
+    product_onto(to, (sum_of){momentum, NULL, T[3], 0}, m.in, m.out, c->j->size, p.left, p.right, MINUS_ALL);
+  }
+}
+
+/* ---- its backward, as scan.py divides it ---- */
+
+/* Everything of the forward that the record leaves out. */
+static void recall(const chunk *c) {
+  const job *j = c->j;
+  scratch *s = c->s;
+  for (int i = 0; i < j->depth - 1; i++)
+    for (long l = 0; l < j->size * j->widths[i + 1]; l += LANES) {
+      point p = activate(j->activation, load(c->now.z[i] + l)), read = activate(j->activation, load(c->now.r[i] + l));
+      store(s->x[i + 1] + l, p.value);
+      store(s->slope[i] + l, p.slope);
+      store(s->curvature[i] + l, p.curvature);
+      store(s->d[i] + l, load(c->now.u[i + 1] + l) * p.slope);
+      store(s->h[i + 1] + l, read.value);
+      store(s->read_slope[i] + l, read.slope);
+    }
+  signal(s->d[j->depth - 1], s->normed, c->now.z[j->depth - 1], c->t.k, c->t.v, c->a, j);
+}
+
+/* From the gradients of the maps after the chunk: those of x, d, to_state and the transition. */
+static void write_maps_backward(const chunk *c) {
+  scratch *s = c->s;
+  long C = c->j->size;
+  float *to_state = s->masks.to_state, *gto_state = s->gmasks.to_state, *gT = s->gmasks.transition;
+  memset(gto_state, 0, 2 * C * sizeof(float));
+  memset(gT, 0, 4 * sizeof(float));
+  for (long l = 0; l < 2 * C; l++) s->minus[l] = -to_state[l];
+  for (int i = 0; i < c->j->depth; i++) {
+    sizes m = sizes_of(c, i);
+    float *gw = s->gw[i], *w = c->now.maps[i];
+    gT[0] += dot(gw, w, m.map);
+    gT[1] += dot(gw, w + m.map, m.map);
+    gT[3] += dot(gw + m.map, w + m.map, m.map);
+    /* the narrower of x and d: its products are wanted by themselves, too */
+    int left = m.in <= m.out;
+    long n = left ? m.in : m.out, wide = left ? m.out : m.in;
+    matrix x = left ? c->x[i] : c->d[i], d = left ? c->d[i] : c->x[i];
+    matrix gx = dense(left ? s->gx[i] : s->gd[i], n), gd = dense(left ? s->gd[i] : s->gx[i], wide);
+    for (int half = 0; half < 2; half++) {
+      matrix straight = dense(gw + half * m.map, m.out), turned = dense(s->other, m.in);
+      transpose(s->other, straight, m.in, m.out);
+      product(dense(half ? s->two : s->one, n), C, n, wide, d, left ? turned : straight, PLUS_ALL);
+      if (half) add_product(gd, C, wide, n, x, left ? straight : turned, second_of(s->minus));
+      else product(gd, C, wide, n, x, left ? straight : turned, first_of(s->minus));
+    }
+    add_weights_grad(gto_state, -1, s->one, s->two, x, C, n);
+    mix(gx, s->one, s->two, s->minus, C, n);
+  }
+}
+
+/* The queries, last map first; gradients of the maps before the chunk, what the keys give excepted. */
+static void read_queries_backward(const chunk *c) {
+  const job *j = c->j;
+  scratch *s = c->s;
+  long C = j->size, D = j->widths[0];
+  const float *T = s->masks.transition, *read = s->masks.read, *write = s->masks.write;
+  float *gwrite = s->gmasks.write, *gread = s->gmasks.read;
+  matrix gr = dense(s->gr[j->depth % 2], D);
+  memset(gread, 0, 2 * C * sizeof(float));
+  memset(gwrite, 0, C * C * sizeof(float));
+  finish_backward(gr.at, c->now.r[j->depth - 1], c->gt.out, c->a, c->ga, j);
+  for (int i = j->depth - 1; i >= 0; i--) {
+    sizes m = sizes_of(c, i);
+    matrix h = c->h[i], gh = i ? dense(s->gr[i % 2], m.in) : c->gt.q, scores = dense(s->scores, C);
+    matrix gscores = dense(s->gscores, C);
+    float *gw = s->gw[i], *gmomentum = gw + m.map;
+    for (int half = 1; half >= 0; half--) { /* leaves the map itself transposed */
+      transpose(s->turned[i], dense(c->now.maps[i] + half * m.map, m.out), m.in, m.out);
+      product(dense(half ? s->two : s->one, m.in), C, m.in, m.out, gr, dense(s->turned[i], m.in), PLUS_ALL);
+    }
+    add_weights_grad(gread, 1, s->one, s->two, h, C, m.in);
+    mix(gh, s->one, s->two, read, C, m.in);
+    transpose(s->other, c->d[i], C, m.out);
+    product(gscores, C, C, m.out, gr, dense(s->other, C), MINUS_ALL);
+    for (long l = 0; l < C * C; l++) {
+      gwrite[l] += gscores.at[l] * c->now.raw[i][l];
+      gscores.at[l] *= write[l];
+      scores.at[l] = c->now.raw[i][l] * write[l];
+    }
+    add_lower_product(gh, C, m.in, gscores, c->x[i], PLUS_ALL);
+    add_upper_product(dense(s->gx[i], m.in), C, m.in, transposed(gscores), h, PLUS_ALL);
+    add_upper_product(dense(s->gd[i], m.out), C, m.out, transposed(scores), gr, MINUS_ALL);
+    if (j->base[i]) {
+      add_product(gh, C, m.in, m.out, gr, dense(s->base_turned[i], m.in), PLUS_ALL);
+      add_product(dense(s->gbase[i], m.out), m.in, m.out, C, transposed(h), gr, PLUS_ALL);
+    }
+    sides p = weighted(c, h, gr, second_of(read), m);
+    matrix to = dense(gmomentum, m.out);
+    product_onto(to, (sum_of){gw, gmomentum, T[1], T[3]}, m.in, m.out, C, p.left, p.right, PLUS_ALL);
+    p = weighted(c, h, gr, first_of(read), m), to.at = gw;
+    product_onto(to, (sum_of){gw, NULL, T[0], 0}, m.in, m.out, C, p.left, p.right, PLUS_ALL);
+    if (i) times(gh.at, gh.at, s->read_slope[i - 1], C * m.in);
+    gr = gh;
+  }
+  if (j->residual) add_rows(c->gt.q, c->gt.out, C, D);
+}
+
+/* The keys' backward, gone through from first map to last, then their forward. */
+static void read_keys_backward(const chunk *c) {
+  const job *j = c->j;
+  scratch *s = c->s;
+  long C = j->size, L = j->depth;
+  for (int i = 1; i < L; i++) {
+    sizes m = sizes_of(c, i);
+    times(s->gu[i - 1], s->gd[i - 1], s->slope[i - 1], C * m.in);
+    add_product(dense(s->gd[i], m.out), C, m.out, m.in, dense(s->gu[i - 1], m.in), frozen(c, i), PLUS_ALL);
+  }
+  matrix gz = dense(s->one, j->widths[L]);
+  signal_backward(gz.at, s->gx[0], c->gt.v, c->ga, s->gd[L - 1], s->d[L - 1], s->normed, c->a, j);
+  for (int i = L - 1; i >= 0; i--) {
+    sizes m = sizes_of(c, i);
+    matrix gw = dense(j->base[i] ? s->other : s->gw[i], m.out), gx = dense(s->gx[i], m.in);
+    if (j->base[i]) memset(s->other, 0, m.map * sizeof(float)), plus(s->turned[i], s->turned[i], s->base_turned[i], m.map);
+    add_product(gw, m.in, m.out, C, transposed(c->x[i]), gz, PLUS_ALL);
+    if (i) add_product(gw, m.in, m.out, C, transposed(dense(s->gu[i - 1], m.in)), c->d[i], PLUS_ALL);
+    if (j->base[i]) plus(s->gw[i], s->gw[i], gw.at, m.map), plus(s->gbase[i], s->gbase[i], gw.at, m.map);
+    add_product(gx, C, m.in, m.out, gz, dense(s->turned[i], m.in), PLUS_ALL);
+    if (!i) break;
+    gz = dense(gz.at == s->one ? s->two : s->one, m.in);
+    for (long l = 0; l < C * m.in; l++)
+      gz.at[l] = gx.at[l] * s->slope[i - 1][l] + s->gd[i - 1][l] * c->now.u[i][l] * s->curvature[i - 1][l];
+  }
+  for (long t = 0; t < C; t++) memcpy(c->gt.k.at + t * c->gt.k.row, s->gx[0] + t * j->widths[0], j->widths[0] * sizeof(float));
+}
+
+/* ---- all chunks of a memory ---- */
+
+/* A map as held to [in, out] or back, alone or with its momentum: all but the first are held the other way round. */
+static void turn(const job *j, int i, float *to, const float *from, int halves, int back) {
+  long in = j->widths[i], out = j->widths[i + 1], map = in * out;
+  for (int half = 0; half < halves; half++, to += map, from += map)
+    if (!i) memcpy(to, from, map * sizeof(float));
+    else if (back) transpose(to, dense((float *)from, out), in, out);
+    else transpose(to, dense((float *)from, in), out, in);
+}
+
+static void forward_memory(const job *j, scratch *s, long g) {
+  record first = record_of(j, s, g, 0), last = record_of(j, s, g, j->chunks);
+  for (int i = 0; i < j->depth; i++) {
+    long map = j->widths[i] * j->widths[i + 1];
+    turn(j, i, first.maps[i], j->start[i] + g * 2 * map, 2, 0);
+    if (j->base[i]) turn(j, i, s->base[i], j->base[i] + g * map, 1, 0);
+  }
+  for (long n = 0; n < j->chunks; n++) {
+    chunk c = chunk_of(j, s, g, n);
+    read_keys(&c);
+    read_queries(&c);
+    write_maps(&c, record_of(j, s, g, n + 1).maps);
+  }
+  for (int i = 0; i < j->depth; i++) turn(j, i, j->end[i] + g * 2 * j->widths[i] * j->widths[i + 1], last.maps[i], 2, 1);
+}
+
+static void backward_memory(const job *j, scratch *s, long g) {
+  for (int i = 0; i < j->depth; i++) {
+    long in = j->widths[i], out = j->widths[i + 1], map = in * out;
+    turn(j, i, s->gw[i], j->gend[i] + g * 2 * map, 2, 0);
+    if (!j->base[i]) continue;
+    turn(j, i, s->base[i], j->base[i] + g * map, 1, 0);
+    transpose(s->base_turned[i], dense(s->base[i], out), in, out);
+    memset(s->gbase[i], 0, map * sizeof(float));
+  }
+  for (long n = j->chunks - 1; n >= 0; n--) {
+    chunk c = chunk_of(j, s, g, n);
+    recall(&c);
+    write_maps_backward(&c);
+    read_queries_backward(&c);
+    read_keys_backward(&c);
+    make_masks_backward(c.gt.gates, &s->gmasks, &s->masks, s->other, j);
+  }
+  for (int i = 0; i < j->depth; i++) {
+    long map = j->widths[i] * j->widths[i + 1];
+    turn(j, i, j->gstart[i] + g * 2 * map, s->gw[i], 2, 1);
+    if (j->base[i]) turn(j, i, j->gbase[i] + g * map, s->gbase[i], 1, 1);
+  }
+}
+
+/* Asks for large pages: the first touch of a small one costs more than what is written to it. */
+static void in_large_pages(float *at, long n) {
+#ifdef MADV_HUGEPAGE
+  uintptr_t page = 1 << 21, first = ((uintptr_t)at + page - 1) / page * page, last = (uintptr_t)(at + n) / page * page;
+  if (first < last) madvise((void *)first, last - first, MADV_HUGEPAGE);
+#endif
+}
+
+/* Memories first to last - 1; 0, or 1 for want of memory. */
+static int run(const job *j, int64_t first, int64_t last, void (*memory)(const job *, scratch *, long)) {
+  scratch s;
+  float *all = aligned_alloc(64, (lay_scratch(j, NULL, &s) + 15) / 16 * 64);
+  if (!all) return 1;
+  lay_scratch(j, all, &s);
+  for (long g = first; g < last; g++) memory(j, &s, g);
+  free(all);
+  return 0;
+}
+
+int forward(const job *j, int64_t first, int64_t last) {
+  long n = j->chunks * tape_size(j);
+  if (j->tape) in_large_pages(j->tape + first * n, (last - first) * n);
+  return run(j, first, last, forward_memory);
+}
+
+int backward(const job *j, int64_t first, int64_t last) { return run(j, first, last, backward_memory); }

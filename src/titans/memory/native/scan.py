@@ -1,0 +1,112 @@
+"""``scan`` in C: the same arguments and results as ``memory/scan.py``, whole chunks in a row."""
+
+import ctypes
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from titans.memory.native.build import library
+from titans.memory.network import MemoryMLP
+
+Tensors = Sequence[Tensor]
+MAPS = 4
+ACTIVATIONS = ("gelu", "silu", "relu")  # as job.h numbers them
+INPUTS = ("q", "k", "v", "gates", "gain", "bias")
+AFFINE = slice(4, 6)  # their gradients are added up
+
+
+class _Job(ctypes.Structure):
+    """``job`` of job.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("depth", "heads", "chunks", "size")),
+        ("widths", ctypes.c_int64 * (MAPS + 1)),
+        *((name, ctypes.c_int64) for name in ("activation", "norm", "residual")),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in INPUTS),
+        *((name, ctypes.c_void_p * MAPS) for name in ("base", "start", "end")),
+        *((name, ctypes.c_void_p) for name in ("out", "tape", "gout")),
+        *((name, ctypes.c_void_p * MAPS) for name in ("gend", "gstart", "gbase")),
+        *((f"g{name}", ctypes.c_void_p) for name in INPUTS),
+    ]
+
+    def place(self, tensors: Sequence[Any], prefix: str = "") -> None:
+        """Inputs, base and maps, or, with the prefix "g", their gradients."""
+        for name, t in zip(INPUTS, tensors, strict=False):
+            setattr(self, prefix + name, None if t is None else t.data_ptr())
+        setattr(self, f"{prefix}base", _places(tensors[len(INPUTS) : -self.depth]))
+        setattr(self, f"{prefix}start", _places(tensors[-self.depth :]))
+
+    def run(self, step: str, memories: int) -> None:
+        """``forward`` or ``backward`` of scan.c, a share of the memories in every thread."""
+        function, threads = getattr(library(), step), max(1, min(torch.get_num_threads(), memories))
+        cuts = [ctypes.c_int64(memories * i // threads) for i in range(threads + 1)]
+
+        def share(i: int) -> int:
+            return function(ctypes.byref(self), cuts[i], cuts[i + 1])
+
+        if threads == 1:
+            failed = share(0)
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                failed = any(pool.map(share, range(threads)))
+        if failed:
+            raise MemoryError("no memory is left for one chunk of a memory; use a smaller chunk_size or expansion")
+
+
+def scan(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, maps: Tensors, base: Tensors, affine, network: MemoryMLP,
+    chunk_size: int,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """See ``titans.memory.scan.scan``; all products are of float32, whatever q, k and v are."""
+    wide = (t.float() for t in (q, k, v))
+    out, *end = _Scan.apply(network, chunk_size, *wide, gates, *(affine or (None, None)), *base, *maps)  # type: ignore[misc]
+    return out.to(q.dtype), end
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, network: MemoryMLP, chunk_size: int, *given):  # type: ignore[override]
+        tensors: list[Any] = [None if t is None else t.contiguous() for t in given]
+        job, maps = _job(network, chunk_size, tensors), tensors[-network.depth :]
+        out, end, tape = torch.empty_like(tensors[0]), [torch.empty_like(m) for m in maps], None
+        if any(ctx.needs_input_grad):
+            tape = out.new_empty(len(maps[0]), job.chunks, library().tape_size(ctypes.byref(job)))
+            job.tape = tape.data_ptr()
+        job.out, job.end = out.data_ptr(), _places(end)
+        job.run("forward", len(maps[0]))
+        ctx.network, ctx.chunk_size = network, chunk_size
+        ctx.save_for_backward(tape, *tensors)
+        return (out, *end)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gout, *gend):  # type: ignore[override]
+        tape, *tensors = ctx.saved_tensors
+        job, (gout, *gend) = _job(ctx.network, ctx.chunk_size, tensors), [g.contiguous() for g in (gout, *gend)]
+        grads = [None if t is None else torch.empty_like(t) for t in tensors]
+        for g in grads[AFFINE]:
+            if g is not None:
+                g.zero_()
+        job.tape, job.gout, job.gend = tape.data_ptr(), gout.data_ptr(), _places(gend)
+        job.place(grads, "g")
+        job.run("backward", len(gend[0]))
+        return None, None, *grads
+
+
+def _job(network: MemoryMLP, chunk_size: int, tensors: Sequence[Any]) -> _Job:
+    _, T, H, D = tensors[0].shape
+    widths = (ctypes.c_int64 * (MAPS + 1))(D, *(width for _, width in network.shapes(D)))
+    activation = ACTIVATIONS.index(network.activation)
+    job = _Job(network.depth, H, T // chunk_size, chunk_size, widths, activation, network.norm, network.residual)
+    job.eps = network.norm_eps
+    job.place(tensors)
+    return job
+
+
+def _places(tensors: Sequence[Any]):
+    return (ctypes.c_void_p * MAPS)(*(t.data_ptr() for t in tensors))
