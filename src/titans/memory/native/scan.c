@@ -3,10 +3,6 @@
    README.md, sections 2 and 3; names as in memory/scan.py: x, z inputs and outputs of the maps at the keys, d the
    loss's gradients at z, u those at x; h, r at the queries; w, s a map and its momentum; g... gradients. */
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "job.h"
 #include "masks.h"
 #include "pointwise.h"
@@ -396,14 +392,6 @@ static void backward_memory(const job *j, scratch *s, long g) {
   }
 }
 
-/* Asks for large pages: the first touch of a small one costs more than what is written to it. */
-static void in_large_pages(float *at, long n) {
-#ifdef MADV_HUGEPAGE
-  uintptr_t page = 1 << 21, first = ((uintptr_t)at + page - 1) / page * page, last = (uintptr_t)(at + n) / page * page;
-  if (first < last) madvise((void *)first, last - first, MADV_HUGEPAGE);
-#endif
-}
-
 /* Memories first to last - 1; 0, or 1 for want of memory. */
 static int run(const job *j, int64_t first, int64_t last, void (*memory)(const job *, scratch *, long)) {
   scratch s;
@@ -415,10 +403,5 @@ static int run(const job *j, int64_t first, int64_t last, void (*memory)(const j
   return 0;
 }
 
-int forward(const job *j, int64_t first, int64_t last) {
-  long n = j->chunks * tape_size(j);
-  if (j->tape) in_large_pages(j->tape + first * n, (last - first) * n);
-  return run(j, first, last, forward_memory);
-}
-
+int forward(const job *j, int64_t first, int64_t last) { return run(j, first, last, forward_memory); }
 int backward(const job *j, int64_t first, int64_t last) { return run(j, first, last, backward_memory); }

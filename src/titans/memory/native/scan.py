@@ -1,6 +1,7 @@
 """``scan`` in C: the same arguments and results as ``memory/scan.py``, whole chunks in a row."""
 
 import ctypes
+import mmap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,7 @@ from titans.memory.network import MemoryMLP
 
 Tensors = Sequence[Tensor]
 MAPS = 4
+LARGE_PAGE = 1 << 21
 ACTIVATIONS = ("gelu", "silu", "relu")  # as job.h numbers them
 INPUTS = ("q", "k", "v", "gates", "gain", "bias")
 AFFINE = slice(4, 6)  # their gradients are added up
@@ -75,7 +77,7 @@ class _Scan(torch.autograd.Function):
         job, maps = _job(network, chunk_size, tensors), tensors[-network.depth :]
         out, end, tape = torch.empty_like(tensors[0]), [torch.empty_like(m) for m in maps], None
         if any(ctx.needs_input_grad):
-            tape = out.new_empty(len(maps[0]), job.chunks, library().tape_size(ctypes.byref(job)))
+            tape = _room(len(maps[0]) * job.chunks * library().tape_size(ctypes.byref(job)))
             job.tape = tape.data_ptr()
         job.out, job.end = out.data_ptr(), _places(end)
         job.run("forward", len(maps[0]))
@@ -96,6 +98,18 @@ class _Scan(torch.autograd.Function):
         job.place(grads, "g")
         job.run("backward", len(gend[0]))
         return None, None, *grads
+
+
+def _room(size: int) -> Tensor:
+    """float32 [size], much of it in large pages: to touch the many small ones costs more than what is written there.
+
+    They are its own, and given back when it is freed, where the heap would keep holes.
+    """
+    if 4 * size < LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size)
+    pages = mmap.mmap(-1, 4 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.float32)
 
 
 def _job(network: MemoryMLP, chunk_size: int, tensors: Sequence[Any]) -> _Job:
