@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from titans.layers import NeuralMemory
 from titans.memory.pieces import PIECE
 from titans.models import TitansConfig
 from titans.models.causal_lm import build_block
@@ -48,6 +49,9 @@ def main(path: str, *options: str) -> None:
     layers, width, head = config.num_hidden_layers, config.hidden_size, config.vocab_size * config.hidden_size
     torch.manual_seed(0)
     block, x = build_block(config), torch.randn(1, TOKENS, width, requires_grad=True)
+    for part in block.modules():
+        if isinstance(part, NeuralMemory):
+            part.backend = "chunked"  # whose products the counter sees
     work = layers * flops(block, x) + 6 * head  # the output map: 2 forward, 4 backward
     (room, state), weights = kept(block, x), layers * sum(p.numel() for p in block.parameters()) + head + width
     print(f"{Path(path).stem} {config.variant}: {weights:,} parameters")

@@ -10,8 +10,10 @@
 /* A tile of a product stays in registers: DOWN rows of ACROSS vectors. */
 #ifdef __AVX512F__
 enum { LANES = 16, ACROSS = 4, DOWN = 6 };
+#define NUMBERS {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
 #else
 enum { LANES = 8, ACROSS = 2, DOWN = 6 };
+#define NUMBERS {0, 1, 2, 3, 4, 5, 6, 7}
 #endif
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -42,12 +44,14 @@ INLINE void add(float *at, vec x) { store(at, load(at) + x); }
 INLINE vec all(float x) { return x - (vec){0}; }
 INLINE vec choose(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 
-static float sum(vec x) {
-  float part[LANES];
-  store(part, x);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) part[i] += part[i + half];
-  return part[0];
+INLINE float sum(vec x) {
+#ifdef __clang__
+  for (int i = 1; i < LANES; i++) x[0] += x[i];
+#else /* by halves, in registers */
+#pragma GCC unroll 4
+  for (int half = LANES / 2; half; half /= 2) x += __builtin_shuffle(x, (ivec)NUMBERS ^ half);
+#endif
+  return x[0];
 }
 
 typedef struct { /* what a product is added to: p P + q Q, both laid out like the result; NULL: nothing */
