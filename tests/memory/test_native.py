@@ -26,6 +26,8 @@ NETWORKS = {
     "depth1 plain": MemoryMLP(depth=1, residual=False, norm=False),
     "depth3, narrow": MemoryMLP(depth=3, expansion=0.5, activation="silu"),
     "depth4, plain": MemoryMLP(depth=4, expansion=1, activation="relu", residual=False, norm=False),
+    "online": MemoryMLP(depth=1, norm=False, online=True),
+    "plain online": MemoryMLP(depth=1, norm=False, residual=False, online=True),
     "no residual, large eps": MemoryMLP(expansion=3, activation="silu", residual=False, norm_eps=0.1),
 }
 
@@ -179,7 +181,6 @@ def test_bfloat16_errs_less_than_chunked(name):
 
 BAD = {
     "float64": ({"dtype": torch.float64}, "q is torch.float64; use float32"),
-    "online": ({"network": MemoryMLP(depth=1, norm=False, online=True)}, "network.online=True; use False"),
     "head dim": ({"D": 8}, r"the maps have widths \[8, 32\]; use multiples of 16"),
     "expansion": ({"network": MemoryMLP(expansion=1.2)}, r"the maps have widths \[32, 38\]; use multiples of 16"),
     "chunk size": ({"C": 12}, "chunk_size=12; use a multiple of 16"),

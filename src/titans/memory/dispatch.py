@@ -121,7 +121,7 @@ def _fast_path(backend: str, q: Tensor, network: MemoryMLP, chunk_size: int) -> 
     name = ("triton" if q.is_cuda else "native") if auto else backend
     reason = FUSED[name].unsupported(q, network, chunk_size)
     if auto and name == "native" and reason is not None:
-        return scan  # float64, small, online: no news to who did not ask
+        return scan  # float64, or small: no news to who did not ask
     if auto:
         reason = reason or FUSED[name].unproven(network)
     if reason is None:

@@ -16,8 +16,6 @@ def unsupported(q: Tensor, network: MemoryMLP, chunk_size: int) -> str | None:
         return f"q is on {q.device}; move it to the CPU"
     if q.dtype == torch.float64:
         return f"q is {q.dtype}; use float32"
-    if network.online:
-        return "network.online=True; use False"
     if any(width % MULTIPLE for width in widths):
         return f"the maps have widths {widths}; use multiples of {MULTIPLE}"
     if chunk_size % MULTIPLE:

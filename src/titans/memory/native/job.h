@@ -7,7 +7,7 @@
 enum { MAPS = 4, GELU = 0, SILU = 1, RELU = 2 };
 
 typedef struct {
-  int64_t depth, heads, chunks, size, widths[MAPS + 1], activation, norm, residual;
+  int64_t depth, heads, chunks, size, widths[MAPS + 1], activation, norm, residual, online;
   double eps;
   const float *q, *k, *v, *gates;   /* [B, T, H, D], gates [B, T, H, 3] */
   const float *gain, *bias;         /* [G, D] or NULL */

@@ -59,8 +59,8 @@ typedef struct { /* what a product is added to: p P + q Q, both laid out like th
   float p, q;
 } sum_of;
 
-INLINE void tile(const int down, const int across, long from, long depth, matrix a, const float *b, long b_row, float *c,
-                 long c_row, column scale, sum_of to, long place) {
+INLINE void tile(const int down, const int across, long from, long depth, matrix a, const float *b, long b_row,
+                 float *c, long c_row, column scale, sum_of to, long place) {
   vec acc[DOWN][ACROSS];
   for (int i = 0; i < down; i++)
     for (int j = 0; j < across; j++) acc[i][j] = (vec){0};

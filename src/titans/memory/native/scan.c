@@ -23,6 +23,7 @@ typedef struct {
   float *frozen[MAPS], *turned[MAPS], *other;        /* turned: transposed; other: any map */
   float *narrow, *one, *two, *gr[2], *minus;         /* rows of tokens */
   float *scores, *gscores;
+  float *before, *gbefore, *met, *system;            /* online: read one token earlier; see settle */
   normed normed;
   masks masks, gmasks;
 } scratch;
@@ -72,6 +73,7 @@ static long lay_scratch(const job *j, float *from, scratch *s) {
   s->other = take(&at, map > C * wide ? map : C * wide), s->narrow = take(&at, C * wide);
   s->one = take(&at, C * wide), s->two = take(&at, C * wide), s->minus = take(&at, 2 * C);
   s->scores = take(&at, C * C), s->gscores = take(&at, C * C);
+  s->before = take(&at, 2 * C), s->gbefore = take(&at, 2 * C), s->met = take(&at, C * C), s->system = take(&at, C * C);
   s->normed = (normed){take(&at, C * D), take(&at, C * D), take(&at, C)};
   s->masks = lay_masks(&at, C), s->gmasks = lay_masks(&at, C);
   return at - from;
@@ -132,9 +134,12 @@ static chunk chunk_of(const job *j, scratch *s, long g, long n) {
   c.a = affine_of(j->gain, j->bias, g, D), c.ga = affine_of(j->ggain, j->gbias, g, D);
   for (int i = 0; i < j->depth; i++) {
     sizes m = sizes_of(&c, i);
-    c.x[i] = i ? dense(s->x[i], m.in) : c.t.k, c.h[i] = i ? dense(s->h[i], m.in) : c.t.q, c.d[i] = dense(s->d[i], m.out);
+    c.x[i] = i ? dense(s->x[i], m.in) : c.t.k, c.h[i] = i ? dense(s->h[i], m.in) : c.t.q;
+    c.d[i] = dense(s->d[i], m.out);
   }
   make_masks(&s->masks, c.t.gates, j);
+  s->before[0] = 1, s->before[1] = 0;
+  memcpy(s->before + 2, s->masks.read, 2 * (j->size - 1) * sizeof(float));
   return c;
 }
 
@@ -144,6 +149,37 @@ static matrix frozen(const chunk *c, int i) {
   if (!c->j->base[i]) return dense(c->now.maps[i], m.out);
   plus(c->s->frozen[i], c->now.maps[i], c->s->base[i], m.map);
   return dense(c->s->frozen[i], m.out);
+}
+
+/* r: what rows h read from a map and its momentum, with two weights a row, and from the base. */
+static void meet(const chunk *c, int i, matrix h, const float *read, matrix r) {
+  sizes m = sizes_of(c, i);
+  long C = c->j->size;
+  product(r, C, m.out, m.in, h, dense(c->now.maps[i], m.out), first_of(read));
+  add_product(r, C, m.out, m.in, h, dense(c->now.maps[i] + m.map, m.out), second_of(read));
+  if (c->j->base[i]) add_product(r, C, m.out, m.in, h, dense(c->s->base[i], m.out), PLUS_ALL);
+}
+
+/* An online memory's signals from those of a memory without the chunk's tokens (online.py): the keys meet it one token
+   earlier than queries would, and d_t + sum_{s<t} system[t, s] d_s is what they ask for. */
+static void settle(const chunk *c) {
+  scratch *s = c->s;
+  long C = c->j->size, D = c->j->widths[0];
+  transpose(s->other, c->t.k, C, D);
+  product(dense(s->met, C), C, C, D, c->t.k, dense(s->other, C), PLUS_ALL);
+  for (long t = 0; t < C; t++) {
+    float *row = s->system + t * C, *d = s->d[0] + t * D;
+    for (long l = 0; l < C; l++) row[l] = l < t ? 2 * s->masks.write[(t - 1) * C + l] * s->met[t * C + l] : 0;
+    for (long l = 0; l < t; l++)
+      for (long i = 0; i < D; i += LANES) add(d + i, -row[l] * load(s->d[0] + l * D + i));
+  }
+}
+
+static void read_keys_online(const chunk *c) {
+  scratch *s = c->s;
+  meet(c, 0, c->t.k, s->before, dense(c->now.z[0], c->j->widths[1]));
+  signal(s->d[0], s->normed, c->now.z[0], c->t.k, c->t.v, c->a, c->j);
+  settle(c);
 }
 
 static void read_keys(const chunk *c) {
@@ -174,13 +210,10 @@ static void read_queries(const chunk *c) {
   const job *j = c->j;
   scratch *s = c->s;
   long C = j->size, L = j->depth;
-  const float *read = s->masks.read;
   for (int i = 0; i < L; i++) {
     sizes m = sizes_of(c, i);
     matrix r = dense(c->now.r[i], m.out), h = c->h[i];
-    product(r, C, m.out, m.in, h, dense(c->now.maps[i], m.out), first_of(read));
-    add_product(r, C, m.out, m.in, h, dense(c->now.maps[i] + m.map, m.out), second_of(read));
-    if (j->base[i]) add_product(r, C, m.out, m.in, h, dense(s->base[i], m.out), PLUS_ALL);
+    meet(c, i, h, s->masks.read, r);
     transpose(s->other, c->x[i], C, m.in);
     product(dense(c->now.raw[i], C), C, C, m.in, h, dense(s->other, C), PLUS_ALL);
     times(s->scores, c->now.raw[i], s->masks.write, C * C);
@@ -191,7 +224,7 @@ static void read_queries(const chunk *c) {
   finish(c->t.out, c->now.r[L - 1], c->t.q, c->a, j);
 }
 
-/* Both sides of what tokens write to a map, or of what reads give to its gradient; the narrower is weighted by token. */
+/* Both sides of what tokens write to a map, or of what reads give to its gradient, the narrower weighted by token. */
 typedef struct {
   matrix left, right;
 } sides;
@@ -233,6 +266,7 @@ static void recall(const chunk *c) {
       store(s->read_slope[i] + l, read.slope);
     }
   signal(s->d[j->depth - 1], s->normed, c->now.z[j->depth - 1], c->t.k, c->t.v, c->a, j);
+  if (j->online) settle(c);
 }
 
 /* From the gradients of the maps after the chunk: those of x, d, to_state and the transition. */
@@ -266,12 +300,36 @@ static void write_maps_backward(const chunk *c) {
   }
 }
 
+/* From the gradient of what meet gave: those of h, and, added, of the weights, the base, and map and momentum, which
+   the transition T carries to before the chunk. Leaves the map transposed. */
+static void meet_backward(const chunk *c, int i, matrix h, const float *read, matrix gr, matrix gh, float *gread,
+                          const float *T) {
+  scratch *s = c->s;
+  sizes m = sizes_of(c, i);
+  long C = c->j->size;
+  float *gw = s->gw[i], *gmomentum = gw + m.map;
+  for (int half = 1; half >= 0; half--) {
+    transpose(s->turned[i], dense(c->now.maps[i] + half * m.map, m.out), m.in, m.out);
+    product(dense(half ? s->two : s->one, m.in), C, m.in, m.out, gr, dense(s->turned[i], m.in), PLUS_ALL);
+  }
+  add_weights_grad(gread, 1, s->one, s->two, h, C, m.in);
+  mix(gh, s->one, s->two, read, C, m.in);
+  if (c->j->base[i]) {
+    add_product(gh, C, m.in, m.out, gr, dense(s->base_turned[i], m.in), PLUS_ALL);
+    add_product(dense(s->gbase[i], m.out), m.in, m.out, C, transposed(h), gr, PLUS_ALL);
+  }
+  sides p = weighted(c, h, gr, second_of(read), m);
+  product_onto(dense(gmomentum, m.out), (sum_of){gw, gmomentum, T[1], T[3]}, m.in, m.out, C, p.left, p.right, PLUS_ALL);
+  p = weighted(c, h, gr, first_of(read), m);
+  product_onto(dense(gw, m.out), (sum_of){gw, NULL, T[0], 0}, m.in, m.out, C, p.left, p.right, PLUS_ALL);
+}
+
 /* The queries, last map first; gradients of the maps before the chunk, what the keys give excepted. */
 static void read_queries_backward(const chunk *c) {
   const job *j = c->j;
   scratch *s = c->s;
   long C = j->size, D = j->widths[0];
-  const float *T = s->masks.transition, *read = s->masks.read, *write = s->masks.write;
+  const float *write = s->masks.write;
   float *gwrite = s->gmasks.write, *gread = s->gmasks.read;
   matrix gr = dense(s->gr[j->depth % 2], D);
   memset(gread, 0, 2 * C * sizeof(float));
@@ -281,13 +339,7 @@ static void read_queries_backward(const chunk *c) {
     sizes m = sizes_of(c, i);
     matrix h = c->h[i], gh = i ? dense(s->gr[i % 2], m.in) : c->gt.q, scores = dense(s->scores, C);
     matrix gscores = dense(s->gscores, C);
-    float *gw = s->gw[i], *gmomentum = gw + m.map;
-    for (int half = 1; half >= 0; half--) { /* leaves the map itself transposed */
-      transpose(s->turned[i], dense(c->now.maps[i] + half * m.map, m.out), m.in, m.out);
-      product(dense(half ? s->two : s->one, m.in), C, m.in, m.out, gr, dense(s->turned[i], m.in), PLUS_ALL);
-    }
-    add_weights_grad(gread, 1, s->one, s->two, h, C, m.in);
-    mix(gh, s->one, s->two, read, C, m.in);
+    meet_backward(c, i, h, s->masks.read, gr, gh, gread, s->masks.transition);
     transpose(s->other, c->d[i], C, m.out);
     product(gscores, C, C, m.out, gr, dense(s->other, C), MINUS_ALL);
     for (long l = 0; l < C * C; l++) {
@@ -298,15 +350,6 @@ static void read_queries_backward(const chunk *c) {
     add_lower_product(gh, C, m.in, gscores, c->x[i], PLUS_ALL);
     add_upper_product(dense(s->gx[i], m.in), C, m.in, transposed(gscores), h, PLUS_ALL);
     add_upper_product(dense(s->gd[i], m.out), C, m.out, transposed(scores), gr, MINUS_ALL);
-    if (j->base[i]) {
-      add_product(gh, C, m.in, m.out, gr, dense(s->base_turned[i], m.in), PLUS_ALL);
-      add_product(dense(s->gbase[i], m.out), m.in, m.out, C, transposed(h), gr, PLUS_ALL);
-    }
-    sides p = weighted(c, h, gr, second_of(read), m);
-    matrix to = dense(gmomentum, m.out);
-    product_onto(to, (sum_of){gw, gmomentum, T[1], T[3]}, m.in, m.out, C, p.left, p.right, PLUS_ALL);
-    p = weighted(c, h, gr, first_of(read), m), to.at = gw;
-    product_onto(to, (sum_of){gw, NULL, T[0], 0}, m.in, m.out, C, p.left, p.right, PLUS_ALL);
     if (i) times(gh.at, gh.at, s->read_slope[i - 1], C * m.in);
     gr = gh;
   }
@@ -328,7 +371,10 @@ static void read_keys_backward(const chunk *c) {
   for (int i = L - 1; i >= 0; i--) {
     sizes m = sizes_of(c, i);
     matrix gw = dense(j->base[i] ? s->other : s->gw[i], m.out), gx = dense(s->gx[i], m.in);
-    if (j->base[i]) memset(s->other, 0, m.map * sizeof(float)), plus(s->turned[i], s->turned[i], s->base_turned[i], m.map);
+    if (j->base[i]) { /* the frozen map is not the one held */
+      memset(s->other, 0, m.map * sizeof(float));
+      plus(s->turned[i], s->turned[i], s->base_turned[i], m.map);
+    }
     add_product(gw, m.in, m.out, C, transposed(c->x[i]), gz, PLUS_ALL);
     if (i) add_product(gw, m.in, m.out, C, transposed(dense(s->gu[i - 1], m.in)), c->d[i], PLUS_ALL);
     if (j->base[i]) plus(s->gw[i], s->gw[i], gw.at, m.map), plus(s->gbase[i], s->gbase[i], gw.at, m.map);
@@ -338,7 +384,32 @@ static void read_keys_backward(const chunk *c) {
     for (long l = 0; l < C * m.in; l++)
       gz.at[l] = gx.at[l] * s->slope[i - 1][l] + s->gd[i - 1][l] * c->now.u[i][l] * s->curvature[i - 1][l];
   }
-  for (long t = 0; t < C; t++) memcpy(c->gt.k.at + t * c->gt.k.row, s->gx[0] + t * j->widths[0], j->widths[0] * sizeof(float));
+}
+
+static void read_keys_online_backward(const chunk *c) {
+  static const float SAME[4] = {1, 0, 0, 1};
+  scratch *s = c->s;
+  long C = c->j->size, D = c->j->widths[0];
+  matrix gz = dense(s->gu[0], D), gk = dense(s->gx[0], D), gmet = dense(s->gscores, C);
+  float *gd = s->gd[0];
+  for (long t = C - 1; t > 0; t--) /* the system, transposed */
+    for (long l = 0; l < t; l++)
+      for (long i = 0; i < D; i += LANES) add(gd + l * D + i, -s->system[t * C + l] * load(gd + t * D + i));
+  transpose(s->other, c->d[0], C, D);
+  product(gmet, C, C, D, dense(gd, D), dense(s->other, C), MINUS_ALL);
+  signal_backward(gz.at, gk.at, c->gt.v, c->ga, gd, s->d[0], s->normed, c->a, c->j);
+  for (long t = 0; t < C; t++)
+    for (long l = 0; l < C; l++) {
+      float g = l < t ? 2 * gmet.at[t * C + l] : 0;
+      if (l < t) s->gmasks.write[(t - 1) * C + l] += g * s->met[t * C + l];
+      gmet.at[t * C + l] = l < t ? g * s->masks.write[(t - 1) * C + l] : 0;
+    }
+  add_lower_product(gk, C, D, gmet, c->t.k, PLUS_ALL);
+  add_upper_product(gk, C, D, transposed(gmet), c->t.k, PLUS_ALL);
+  memset(s->gbefore, 0, 2 * C * sizeof(float));
+  meet_backward(c, 0, c->t.k, s->before, gz, dense(s->gr[0], D), s->gbefore, SAME);
+  add_rows(gk, dense(s->gr[0], D), C, D);
+  for (long l = 2; l < 2 * C; l++) s->gmasks.read[l - 2] += s->gbefore[l];
 }
 
 /* ---- all chunks of a memory ---- */
@@ -361,14 +432,17 @@ static void forward_memory(const job *j, scratch *s, long g) {
   }
   for (long n = 0; n < j->chunks; n++) {
     chunk c = chunk_of(j, s, g, n);
-    read_keys(&c);
+    if (j->online) read_keys_online(&c);
+    else read_keys(&c);
     read_queries(&c);
     write_maps(&c, record_of(j, s, g, n + 1).maps);
   }
-  for (int i = 0; i < j->depth; i++) turn(j, i, j->end[i] + g * 2 * j->widths[i] * j->widths[i + 1], last.maps[i], 2, 1);
+  for (int i = 0; i < j->depth; i++)
+    turn(j, i, j->end[i] + g * 2 * j->widths[i] * j->widths[i + 1], last.maps[i], 2, 1);
 }
 
 static void backward_memory(const job *j, scratch *s, long g) {
+  long D = j->widths[0];
   for (int i = 0; i < j->depth; i++) {
     long in = j->widths[i], out = j->widths[i + 1], map = in * out;
     turn(j, i, s->gw[i], j->gend[i] + g * 2 * map, 2, 0);
@@ -382,7 +456,9 @@ static void backward_memory(const job *j, scratch *s, long g) {
     recall(&c);
     write_maps_backward(&c);
     read_queries_backward(&c);
-    read_keys_backward(&c);
+    if (j->online) read_keys_online_backward(&c);
+    else read_keys_backward(&c);
+    for (long t = 0; t < j->size; t++) memcpy(c.gt.k.at + t * c.gt.k.row, s->gx[0] + t * D, D * sizeof(float));
     make_masks_backward(c.gt.gates, &s->gmasks, &s->masks, s->other, j);
   }
   for (int i = 0; i < j->depth; i++) {

@@ -27,7 +27,7 @@ class _Job(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("depth", "heads", "chunks", "size")),
         ("widths", ctypes.c_int64 * (MAPS + 1)),
-        *((name, ctypes.c_int64) for name in ("activation", "norm", "residual")),
+        *((name, ctypes.c_int64) for name in ("activation", "norm", "residual", "online")),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in INPUTS),
         *((name, ctypes.c_void_p * MAPS) for name in ("base", "start", "end")),
@@ -115,9 +115,8 @@ def _room(size: int) -> Tensor:
 def _job(network: MemoryMLP, chunk_size: int, tensors: Sequence[Any]) -> _Job:
     _, T, H, D = tensors[0].shape
     widths = (ctypes.c_int64 * (MAPS + 1))(D, *(width for _, width in network.shapes(D)))
-    activation = ACTIVATIONS.index(network.activation)
-    job = _Job(network.depth, H, T // chunk_size, chunk_size, widths, activation, network.norm, network.residual)
-    job.eps = network.norm_eps
+    options = ACTIVATIONS.index(network.activation), network.norm, network.residual, network.online
+    job = _Job(network.depth, H, T // chunk_size, chunk_size, widths, *options, network.norm_eps)
     job.place(tensors)
     return job
 
