@@ -15,7 +15,7 @@ typedef struct {
 } record;
 
 typedef struct {
-  float *spare[2];                                   /* records, where there is no tape, and the last maps */
+  float *spare;                                      /* a record, where there is no tape, and the last maps */
   float *base[MAPS], *gbase[MAPS], *base_turned[MAPS];
   float *x[MAPS], *d[MAPS], *h[MAPS];                /* x, h: from the second map on */
   float *slope[MAPS], *curvature[MAPS], *read_slope[MAPS];
@@ -69,7 +69,7 @@ static long lay_scratch(const job *j, float *from, scratch *s) {
     s->d[i] = take(&at, C * out), s->gd[i] = take(&at, C * out), s->gu[i] = take(&at, C * out);
     s->slope[i] = take(&at, C * out), s->curvature[i] = take(&at, C * out), s->read_slope[i] = take(&at, C * out);
   }
-  for (int i = 0; i < 2; i++) s->spare[i] = take(&at, tape_size(j)), s->gr[i] = take(&at, C * wide);
+  s->spare = take(&at, tape_size(j)), s->gr[0] = take(&at, C * wide), s->gr[1] = take(&at, C * wide);
   s->other = take(&at, map > C * wide ? map : C * wide), s->narrow = take(&at, C * wide);
   s->one = take(&at, C * wide), s->two = take(&at, C * wide), s->minus = take(&at, 2 * C);
   s->scores = take(&at, C * C), s->gscores = take(&at, C * C);
@@ -117,7 +117,7 @@ static inputs rows_of(const job *j, long g, long c, const float *q, const float 
 
 static record record_of(const job *j, scratch *s, long g, long c) {
   record r;
-  lay_record(j, j->tape && c < j->chunks ? j->tape + (g * j->chunks + c) * tape_size(j) : s->spare[c % 2], &r);
+  lay_record(j, j->tape && c < j->chunks ? j->tape + (g * j->chunks + c) * tape_size(j) : s->spare, &r);
   return r;
 }
 
@@ -236,6 +236,7 @@ static sides weighted(const chunk *c, matrix x, matrix d, column weight, sizes m
   return (sides){transposed(left ? narrow : x), left ? d : narrow};
 }
 
+/* The maps after the chunk; where there is no tape, in place. */
 static void write_maps(const chunk *c, float *const *next) {
   const float *T = c->s->masks.transition, *to_state = c->s->masks.to_state;
   for (int i = 0; i < c->j->depth; i++) {
