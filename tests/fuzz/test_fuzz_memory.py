@@ -27,10 +27,14 @@ NETWORKS = st.builds(
 )
 
 
-def draw_case(data, length: st.SearchStrategy, dtype=torch.float64, scale=1.0) -> dict:
-    """Arguments of ``neural_memory``: unit keys and queries, gates that are often exactly at their limits."""
+def draw_case(data, length: st.SearchStrategy, dtype=torch.float64, scale=1.0, unit=1) -> dict:
+    """Arguments of ``neural_memory``: unit keys and queries, gates that are often exactly at their limits.
+
+    ``unit``: what head dim and chunk are multiples of.
+    """
     T = data.draw(length, "length")
-    B, H, D, C = (data.draw(st.integers(1, most)) for most in (3, 2, 5, 8))
+    B, H, D, C = (data.draw(st.integers(1, most)) for most in (3, 2, max(2, 5 // unit), max(3, 8 // unit)))
+    D, C = D * unit, C * unit
     network, generator = data.draw(NETWORKS), torch.Generator().manual_seed(data.draw(st.integers(0, 999), "seed"))
     limits = data.draw(st.sampled_from([0, 0.3, 1]), "share of gates at a limit")
 
@@ -93,6 +97,29 @@ def test_chunked_is_the_reference(data):
     got = results(*neural_memory(**rest, state=state, return_info=info))
     assert_finite(want)
     assert_equal(got, {n: want[n] for n in got})
+
+
+@fuzz(few=15, many=500)
+def test_c_is_chunked(data):
+    """Where its widths fit: outputs, state and gradients, at most twice as far from float64 as PyTorch's."""
+    case = draw_case(data, st.integers(0, 90), torch.float32, unit=16)
+
+    def found(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [case[n].to(dtype).requires_grad_() for n in ("q", "k", "v", *GATES)]
+        weights = [w.to(dtype).requires_grad_() for w in case["weights"]]
+        others = {n: case[n] for n in ("mask", "network", "chunk_size", "forget")}
+        out, state = neural_memory(*inputs, weights, **others, backend=backend)
+        total = out.square().sum() + sum(w.square().sum() for w in state.weights)
+        grads = torch.autograd.grad(total, [*inputs, *weights], allow_unused=True, materialize_grads=True)
+        return [t.double() for t in (out, *state.weights, *grads)]
+
+    exact, plain, got = (
+        found(*how) for how in (("chunked", torch.float64), ("chunked", torch.float32), ("auto", torch.float32))
+    )
+    for wanted, rounded, x in zip(exact, plain, got, strict=True):
+        size = max(1, wanted.abs().max().item()) if wanted.numel() else 1
+        bound = 1e-5 * size + 2 * (rounded - wanted).norm()
+        assert (x - wanted).norm() <= bound, f"{(x - wanted).norm():.1e} off"
 
 
 @fuzz(few=60, many=3500)
