@@ -372,13 +372,14 @@ static void read_keys_backward(const chunk *c) {
   for (int i = L - 1; i >= 0; i--) {
     sizes m = sizes_of(c, i);
     matrix gw = dense(j->base[i] ? s->other : s->gw[i], m.out), gx = dense(s->gx[i], m.in);
-    if (j->base[i]) { /* the frozen map is not the one held */
-      memset(s->other, 0, m.map * sizeof(float));
+    sum_of to = j->base[i] ? (sum_of){0} : (sum_of){gw.at, NULL, 1, 0};
+    product_onto(gw, to, m.in, m.out, C, transposed(c->x[i]), gz, PLUS_ALL);
+    if (i) add_product(gw, m.in, m.out, C, transposed(dense(s->gu[i - 1], m.in)), c->d[i], PLUS_ALL);
+    if (j->base[i]) { /* the gradient is twice wanted, and the frozen map is not the one held */
+      plus(s->gw[i], s->gw[i], gw.at, m.map);
+      plus(s->gbase[i], s->gbase[i], gw.at, m.map);
       plus(s->turned[i], s->turned[i], s->base_turned[i], m.map);
     }
-    add_product(gw, m.in, m.out, C, transposed(c->x[i]), gz, PLUS_ALL);
-    if (i) add_product(gw, m.in, m.out, C, transposed(dense(s->gu[i - 1], m.in)), c->d[i], PLUS_ALL);
-    if (j->base[i]) plus(s->gw[i], s->gw[i], gw.at, m.map), plus(s->gbase[i], s->gbase[i], gw.at, m.map);
     add_product(gx, C, m.in, m.out, gz, dense(s->turned[i], m.in), PLUS_ALL);
     if (!i) break;
     gz = dense(gz.at == s->one ? s->two : s->one, m.in);
