@@ -99,17 +99,17 @@ def test_chunked_is_the_reference(data):
     assert_equal(got, {n: want[n] for n in got})
 
 
-@fuzz(few=15, many=500)
+@fuzz(few=15, many=3500)
 def test_c_is_chunked(data):
-    """Where its widths fit: outputs, state and gradients, at most twice as far from float64 as PyTorch's."""
-    case = draw_case(data, st.integers(0, 90), torch.float32, unit=16)
+    """Where its widths fit: outputs, state and gradients are right to 1e-5, or to ten times the error of PyTorch's."""
+    case = draw_case(data, st.integers(1, 90), torch.float32, unit=16)
 
     def found(backend: str, dtype: torch.dtype) -> list[Tensor]:
         inputs = [case[n].to(dtype).requires_grad_() for n in ("q", "k", "v", *GATES)]
         weights = [w.to(dtype).requires_grad_() for w in case["weights"]]
         others = {n: case[n] for n in ("mask", "network", "chunk_size", "forget")}
         out, state = neural_memory(*inputs, weights, **others, backend=backend)
-        total = out.square().sum() + sum(w.square().sum() for w in state.weights)
+        total = out.square().sum() + inputs[0].sum() + sum(w.square().sum() for w in state.weights)
         grads = torch.autograd.grad(total, [*inputs, *weights], allow_unused=True, materialize_grads=True)
         return [t.double() for t in (out, *state.weights, *grads)]
 
@@ -118,7 +118,7 @@ def test_c_is_chunked(data):
     )
     for wanted, rounded, x in zip(exact, plain, got, strict=True):
         size = max(1, wanted.abs().max().item()) if wanted.numel() else 1
-        bound = 1e-5 * size + 2 * (rounded - wanted).norm()
+        bound = 1e-5 * size + 10 * (rounded - wanted).norm()
         assert (x - wanted).norm() <= bound, f"{(x - wanted).norm():.1e} off"
 
 
