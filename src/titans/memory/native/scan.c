@@ -470,16 +470,45 @@ static void backward_memory(const job *j, scratch *s, long g) {
   }
 }
 
-/* Memories first to last - 1; 0, or 1 for want of memory. */
-static int run(const job *j, int64_t first, int64_t last, void (*memory)(const job *, scratch *, long)) {
+/* ---- all memories, a share in every thread ---- */
+
+/* PyTorch's own OpenMP, where it is in the process: other threads would compete with its own, which wait by spinning. */
+#ifdef __linux__
+extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
+extern int omp_get_thread_num(void) __attribute__((weak)), omp_get_num_threads(void) __attribute__((weak));
+#else
+static void (*const GOMP_parallel)(void (*)(void *), void *, unsigned, unsigned) = NULL;
+static int (*const omp_get_thread_num)(void) = NULL, (*const omp_get_num_threads)(void) = NULL;
+#endif
+
+typedef struct {
+  const job *j;
+  void (*memory)(const job *, scratch *, long);
+  long memories;
+  int failed;
+} work;
+
+static void share(void *given) {
+  work *all = given;
+  long i = omp_get_thread_num ? omp_get_thread_num() : 0, n = omp_get_num_threads ? omp_get_num_threads() : 1;
   scratch s;
-  float *all = aligned_alloc(64, (lay_scratch(j, NULL, &s) + 15) / 16 * 64);
-  if (!all) return 1;
-  lay_scratch(j, all, &s);
-  for (long g = first; g < last; g++) memory(j, &s, g);
-  free(all);
-  return 0;
+  float *room = aligned_alloc(64, (lay_scratch(all->j, NULL, &s) + 15) / 16 * 64);
+  if (!room) {
+    all->failed = 1;
+    return;
+  }
+  lay_scratch(all->j, room, &s);
+  for (long g = all->memories * i / n; g < all->memories * (i + 1) / n; g++) all->memory(all->j, &s, g);
+  free(room);
 }
 
-int forward(const job *j, int64_t first, int64_t last) { return run(j, first, last, forward_memory); }
-int backward(const job *j, int64_t first, int64_t last) { return run(j, first, last, backward_memory); }
+/* 0, or 1 for want of memory */
+static int run(const job *j, int64_t memories, int64_t threads, void (*memory)(const job *, scratch *, long)) {
+  work all = {j, memory, memories, 0};
+  if (threads > 1 && GOMP_parallel && omp_get_num_threads) GOMP_parallel(share, &all, threads, 0);
+  else share(&all);
+  return all.failed;
+}
+
+int forward(const job *j, int64_t memories, int64_t threads) { return run(j, memories, threads, forward_memory); }
+int backward(const job *j, int64_t memories, int64_t threads) { return run(j, memories, threads, backward_memory); }

@@ -3,7 +3,6 @@
 import ctypes
 import mmap
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -45,18 +44,8 @@ class _Job(ctypes.Structure):
 
     def run(self, step: str, memories: int) -> None:
         """``forward`` or ``backward`` of scan.c, a share of the memories in every thread."""
-        function, threads = getattr(library(), step), max(1, min(torch.get_num_threads(), memories))
-        cuts = [ctypes.c_int64(memories * i // threads) for i in range(threads + 1)]
-
-        def share(i: int) -> int:
-            return function(ctypes.byref(self), cuts[i], cuts[i + 1])
-
-        if threads == 1:
-            failed = share(0)
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                failed = any(pool.map(share, range(threads)))
-        if failed:
+        threads = max(1, min(torch.get_num_threads(), memories))
+        if getattr(library(), step)(ctypes.byref(self), ctypes.c_int64(memories), ctypes.c_int64(threads)):
             raise MemoryError("no memory is left for one chunk of a memory; use a smaller chunk_size or expansion")
 
 
