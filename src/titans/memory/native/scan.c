@@ -472,7 +472,7 @@ static void backward_memory(const job *j, scratch *s, long g) {
 
 /* ---- all memories, a share in every thread ---- */
 
-/* PyTorch's own OpenMP, where it is in the process: other threads would compete with its own, which wait by spinning. */
+/* PyTorch's own OpenMP, where it is in the process: other threads would compete with its, which wait by spinning. */
 #ifdef __linux__
 extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
 extern int omp_get_thread_num(void) __attribute__((weak)), omp_get_num_threads(void) __attribute__((weak));
