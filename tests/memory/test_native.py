@@ -234,6 +234,18 @@ def test_without_what_it_takes_to_build(name, tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").rglob("tmp*"))
 
 
+def test_without_a_home(monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(build.Path, "home", nobody)
+    monkeypatch.setattr("titans.memory.native.library", build.library.__wrapped__)
+    dispatch._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="takes 'chunked', not the faster 'native': Could not determine home"):
+        small().run("auto", info=False)
+
+
 def test_want_of_memory(monkeypatch):
     class Full:
         def forward(self, *_):

@@ -27,6 +27,6 @@ def unproven(network: MemoryMLP) -> str | None:
     """What keeps this machine from compiling it, and the mend; None: it is compiled."""
     try:
         library()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter: nobody's home, where the cache would be
         return str(error)
     return None
