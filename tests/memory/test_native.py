@@ -11,6 +11,7 @@ from memory_cases import MASKS, assert_equal, gradients, make
 from tolerances import EQUAL, LOW_PRECISION, error
 
 from titans.memory import MemoryMLP, dispatch, pieces
+from titans.memory import native as c_code
 from titans.memory.native import build
 from titans.memory.native import scan as native
 
@@ -30,6 +31,19 @@ NETWORKS = {
     "plain online": MemoryMLP(depth=1, norm=False, residual=False, online=True),
     "no residual, large eps": MemoryMLP(expansion=3, activation="silu", residual=False, norm_eps=0.1),
 }
+
+
+@pytest.fixture
+def unbuilt(monkeypatch):
+    """As on a machine that has not tried to compile it."""
+    for where in ("titans.memory.native.library", "titans.memory.native.scan.library"):
+        monkeypatch.setattr(where, build.library.__wrapped__)
+    forget = [dispatch._warn_once.cache_clear, c_code._unbuilt.cache_clear]
+    for clear in forget:
+        clear()
+    yield
+    for clear in forget:
+        clear()
 
 
 @pytest.fixture(autouse=True)
@@ -214,34 +228,30 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_without_what_it_takes_to_build(name, tmp_path, monkeypatch):
-    """One warning; "native" says the same; nothing half-made is left behind."""
+def test_without_what_it_takes_to_build(name, tmp_path, monkeypatch, unbuilt):
+    """One warning, one try; "native" says the same; nothing half-made is left behind."""
     script, message = BROKEN[name]
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if script:
-        (tmp_path / "cc").write_text(f'#!/bin/sh\ncase "$*" in *dM*) exit 0;; esac\n{script}\n')
+        count = f"echo once >> {tmp_path}/tries"
+        (tmp_path / "cc").write_text(f'#!/bin/sh\ncase "$*" in *dM*) exit 0;; esac\n{count}\n{script}\n')
         (tmp_path / "cc").chmod(0o755)
-    monkeypatch.setattr("titans.memory.native.library", build.library.__wrapped__)
-    monkeypatch.setattr(native, "library", build.library.__wrapped__)
-    dispatch._warn_once.cache_clear()
     with pytest.warns(UserWarning, match=f"takes 'chunked', not the faster 'native': .*({message})") as seen:
         for _ in range(2):
             assert_equal(small().run("auto", info=False)[0], small().run("chunked", info=False)[0], 0.0)
-    assert len(seen) == 1
+    assert len(seen) == 1 and (not script or (tmp_path / "tries").read_text() == "once\n")
     with pytest.raises(OSError, match=message):
         small().run("native", info=False)
     assert not list((tmp_path / "cache").rglob("tmp*"))
 
 
-def test_without_a_home(monkeypatch):
+def test_without_a_home(monkeypatch, unbuilt):
     def nobody():
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(build.Path, "home", nobody)
-    monkeypatch.setattr("titans.memory.native.library", build.library.__wrapped__)
-    dispatch._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="takes 'chunked', not the faster 'native': Could not determine home"):
         small().run("auto", info=False)
 

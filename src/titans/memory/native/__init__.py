@@ -1,5 +1,7 @@
 """Whole chunks in a row on a CPU, in C (``scan.c``), compiled where it is first taken."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,12 @@ def unsupported(q: Tensor, network: MemoryMLP, chunk_size: int) -> str | None:
 
 def unproven(network: MemoryMLP) -> str | None:
     """What keeps this machine from compiling it, and the mend; None: it is compiled."""
+    return _unbuilt()
+
+
+@cache
+def _unbuilt() -> str | None:
+    """Tried once: a compiler that fails takes its time."""
     try:
         library()
     except (OSError, RuntimeError) as error:  # the latter: nobody's home, where the cache would be

@@ -7,6 +7,15 @@
 #include "masks.h"
 #include "pointwise.h"
 
+typedef struct {
+  long in, out, map;
+} sizes;
+
+INLINE sizes sizes_of(const job *j, int i) {
+  long in = j->widths[i], out = j->widths[i + 1];
+  return (sizes){in, out, in * out};
+}
+
 /* ---- memory ---- */
 
 /* What a chunk leaves for its backward. */
@@ -38,9 +47,9 @@ static long lay_record(const job *j, float *from, record *r) {
   float *at = from;
   long C = j->size;
   for (int i = 0; i < j->depth; i++) {
-    long in = j->widths[i], out = j->widths[i + 1];
-    r->maps[i] = take(&at, 2 * in * out), r->z[i] = take(&at, C * out), r->r[i] = take(&at, C * out);
-    r->raw[i] = take(&at, C * C), r->u[i] = i ? take(&at, C * in) : NULL;
+    sizes m = sizes_of(j, i);
+    r->maps[i] = take(&at, 2 * m.map), r->z[i] = take(&at, C * m.out), r->r[i] = take(&at, C * m.out);
+    r->raw[i] = take(&at, C * C), r->u[i] = i ? take(&at, C * m.in) : NULL;
   }
   return at - from;
 }
@@ -61,13 +70,13 @@ static long lay_scratch(const job *j, float *from, scratch *s) {
   float *at = from;
   long C = j->size, D = j->widths[0], wide = C, map = 0;
   for (int i = 0; i < j->depth; i++) {
-    long in = j->widths[i], out = j->widths[i + 1], here = in * out;
-    wide = in > wide ? in : wide, map = here > map ? here : map;
-    s->base[i] = take(&at, here), s->gbase[i] = take(&at, here), s->base_turned[i] = take(&at, here);
-    s->frozen[i] = take(&at, here), s->turned[i] = take(&at, here), s->gw[i] = take(&at, 2 * here);
-    s->x[i] = take(&at, C * in), s->h[i] = take(&at, C * in), s->gx[i] = take(&at, C * in);
-    s->d[i] = take(&at, C * out), s->gd[i] = take(&at, C * out), s->gu[i] = take(&at, C * out);
-    s->slope[i] = take(&at, C * out), s->curvature[i] = take(&at, C * out), s->read_slope[i] = take(&at, C * out);
+    sizes m = sizes_of(j, i);
+    wide = m.in > wide ? m.in : wide, map = m.map > map ? m.map : map;
+    s->base[i] = take(&at, m.map), s->gbase[i] = take(&at, m.map), s->base_turned[i] = take(&at, m.map);
+    s->frozen[i] = take(&at, m.map), s->turned[i] = take(&at, m.map), s->gw[i] = take(&at, 2 * m.map);
+    s->x[i] = take(&at, C * m.in), s->h[i] = take(&at, C * m.in), s->gx[i] = take(&at, C * m.in);
+    s->d[i] = take(&at, C * m.out), s->gd[i] = take(&at, C * m.out), s->gu[i] = take(&at, C * m.out);
+    s->slope[i] = take(&at, C * m.out), s->curvature[i] = take(&at, C * m.out), s->read_slope[i] = take(&at, C * m.out);
   }
   s->spare = take(&at, tape_size(j)), s->gr[0] = take(&at, C * wide), s->gr[1] = take(&at, C * wide);
   s->other = take(&at, map > C * wide ? map : C * wide), s->narrow = take(&at, C * wide);
@@ -94,15 +103,6 @@ typedef struct {
   affine a, ga;
   matrix x[MAPS], d[MAPS], h[MAPS];
 } chunk;
-
-typedef struct {
-  long in, out, map;
-} sizes;
-
-INLINE sizes sizes_of(const chunk *c, int i) {
-  long in = c->j->widths[i], out = c->j->widths[i + 1];
-  return (sizes){in, out, in * out};
-}
 
 INLINE column first_of(const float *pairs) { return (column){pairs, 2}; }
 INLINE column second_of(const float *pairs) { return (column){pairs + 1, 2}; }
@@ -133,7 +133,7 @@ static chunk chunk_of(const job *j, scratch *s, long g, long n) {
   c.gt = rows_of(j, g, n, j->gq, j->gk, j->gv, j->gout, j->ggates);
   c.a = affine_of(j->gain, j->bias, g, D), c.ga = affine_of(j->ggain, j->gbias, g, D);
   for (int i = 0; i < j->depth; i++) {
-    sizes m = sizes_of(&c, i);
+    sizes m = sizes_of(j, i);
     c.x[i] = i ? dense(s->x[i], m.in) : c.t.k, c.h[i] = i ? dense(s->h[i], m.in) : c.t.q;
     c.d[i] = dense(s->d[i], m.out);
   }
@@ -145,7 +145,7 @@ static chunk chunk_of(const job *j, scratch *s, long g, long n) {
 
 /* The map at which a chunk's gradients are taken. */
 static matrix frozen(const chunk *c, int i) {
-  sizes m = sizes_of(c, i);
+  sizes m = sizes_of(c->j, i);
   if (!c->j->base[i]) return dense(c->now.maps[i], m.out);
   plus(c->s->frozen[i], c->now.maps[i], c->s->base[i], m.map);
   return dense(c->s->frozen[i], m.out);
@@ -153,7 +153,7 @@ static matrix frozen(const chunk *c, int i) {
 
 /* r: what rows h read from a map and its momentum, with two weights a row, and from the base. */
 static void meet(const chunk *c, int i, matrix h, const float *read, matrix r) {
-  sizes m = sizes_of(c, i);
+  sizes m = sizes_of(c->j, i);
   long C = c->j->size;
   product(r, C, m.out, m.in, h, dense(c->now.maps[i], m.out), first_of(read));
   add_product(r, C, m.out, m.in, h, dense(c->now.maps[i] + m.map, m.out), second_of(read));
@@ -169,9 +169,10 @@ static void settle(const chunk *c) {
   product(dense(s->met, C), C, C, D, c->t.k, dense(s->other, C), PLUS_ALL);
   for (long t = 0; t < C; t++) {
     float *row = s->system + t * C, *d = s->d[0] + t * D;
-    for (long l = 0; l < C; l++) row[l] = l < t ? 2 * s->masks.write[(t - 1) * C + l] * s->met[t * C + l] : 0;
-    for (long l = 0; l < t; l++)
+    for (long l = 0; l < t; l++) {
+      row[l] = 2 * s->masks.write[(t - 1) * C + l] * s->met[t * C + l];
       for (long i = 0; i < D; i += LANES) add(d + i, -row[l] * load(s->d[0] + l * D + i));
+    }
   }
 }
 
@@ -188,7 +189,7 @@ static void read_keys(const chunk *c) {
   long C = j->size, L = j->depth;
   matrix w[MAPS];
   for (int i = 0; i < L; i++) {
-    sizes m = sizes_of(c, i);
+    sizes m = sizes_of(j, i);
     float *z = c->now.z[i];
     product(dense(z, m.out), C, m.out, m.in, c->x[i], w[i] = frozen(c, i), PLUS_ALL);
     for (long l = 0; i < L - 1 && l < C * m.out; l += LANES) {
@@ -199,7 +200,7 @@ static void read_keys(const chunk *c) {
   }
   signal(s->d[L - 1], s->normed, c->now.z[L - 1], c->t.k, c->t.v, c->a, j);
   for (int i = L - 1; i > 0; i--) {
-    sizes m = sizes_of(c, i);
+    sizes m = sizes_of(j, i);
     transpose(s->other, w[i], m.in, m.out);
     product(dense(c->now.u[i], m.in), C, m.in, m.out, c->d[i], dense(s->other, m.in), PLUS_ALL);
     times(s->d[i - 1], c->now.u[i], s->slope[i - 1], C * m.in);
@@ -211,7 +212,7 @@ static void read_queries(const chunk *c) {
   scratch *s = c->s;
   long C = j->size, L = j->depth;
   for (int i = 0; i < L; i++) {
-    sizes m = sizes_of(c, i);
+    sizes m = sizes_of(j, i);
     matrix r = dense(c->now.r[i], m.out), h = c->h[i];
     meet(c, i, h, s->masks.read, r);
     transpose(s->other, c->x[i], C, m.in);
@@ -240,7 +241,7 @@ static sides weighted(const chunk *c, matrix x, matrix d, column weight, sizes m
 static void write_maps(const chunk *c, float *const *next) {
   const float *T = c->s->masks.transition, *to_state = c->s->masks.to_state;
   for (int i = 0; i < c->j->depth; i++) {
-    sizes m = sizes_of(c, i);
+    sizes m = sizes_of(c->j, i);
     float *w = c->now.maps[i], *momentum = w + m.map;
     sides p = weighted(c, c->x[i], c->d[i], first_of(to_state), m);
     matrix to = dense(next[i], m.out);
@@ -279,7 +280,7 @@ static void write_maps_backward(const chunk *c) {
   memset(gT, 0, 4 * sizeof(float));
   for (long l = 0; l < 2 * C; l++) s->minus[l] = -to_state[l];
   for (int i = 0; i < c->j->depth; i++) {
-    sizes m = sizes_of(c, i);
+    sizes m = sizes_of(c->j, i);
     float *gw = s->gw[i], *w = c->now.maps[i];
     gT[0] += dot(gw, w, m.map);
     gT[1] += dot(gw, w + m.map, m.map);
@@ -306,7 +307,7 @@ static void write_maps_backward(const chunk *c) {
 static void meet_backward(const chunk *c, int i, matrix h, const float *read, matrix gr, matrix gh, float *gread,
                           const float *T) {
   scratch *s = c->s;
-  sizes m = sizes_of(c, i);
+  sizes m = sizes_of(c->j, i);
   long C = c->j->size;
   float *gw = s->gw[i], *gmomentum = gw + m.map;
   for (int half = 1; half >= 0; half--) {
@@ -337,7 +338,7 @@ static void read_queries_backward(const chunk *c) {
   memset(gwrite, 0, C * C * sizeof(float));
   finish_backward(gr.at, c->now.r[j->depth - 1], c->gt.out, c->a, c->ga, j);
   for (int i = j->depth - 1; i >= 0; i--) {
-    sizes m = sizes_of(c, i);
+    sizes m = sizes_of(j, i);
     matrix h = c->h[i], gh = i ? dense(s->gr[i % 2], m.in) : c->gt.q, scores = dense(s->scores, C);
     matrix gscores = dense(s->gscores, C);
     meet_backward(c, i, h, s->masks.read, gr, gh, gread, s->masks.transition);
@@ -363,14 +364,14 @@ static void read_keys_backward(const chunk *c) {
   scratch *s = c->s;
   long C = j->size, L = j->depth;
   for (int i = 1; i < L; i++) {
-    sizes m = sizes_of(c, i);
+    sizes m = sizes_of(j, i);
     times(s->gu[i - 1], s->gd[i - 1], s->slope[i - 1], C * m.in);
     add_product(dense(s->gd[i], m.out), C, m.out, m.in, dense(s->gu[i - 1], m.in), frozen(c, i), PLUS_ALL);
   }
   matrix gz = dense(s->one, j->widths[L]);
   signal_backward(gz.at, s->gx[0], c->gt.v, c->ga, s->gd[L - 1], s->d[L - 1], s->normed, c->a, j);
   for (int i = L - 1; i >= 0; i--) {
-    sizes m = sizes_of(c, i);
+    sizes m = sizes_of(j, i);
     matrix gw = dense(j->base[i] ? s->other : s->gw[i], m.out), gx = dense(s->gx[i], m.in);
     sum_of to = j->base[i] ? (sum_of){0} : (sum_of){gw.at, NULL, 1, 0};
     product_onto(gw, to, m.in, m.out, C, transposed(c->x[i]), gz, PLUS_ALL);
@@ -400,12 +401,15 @@ static void read_keys_online_backward(const chunk *c) {
   transpose(s->other, c->d[0], C, D);
   product(gmet, C, C, D, dense(gd, D), dense(s->other, C), MINUS_ALL);
   signal_backward(gz.at, gk.at, c->gt.v, c->ga, gd, s->d[0], s->normed, c->a, c->j);
-  for (long t = 0; t < C; t++)
-    for (long l = 0; l < C; l++) {
-      float g = l < t ? 2 * gmet.at[t * C + l] : 0;
-      if (l < t) s->gmasks.write[(t - 1) * C + l] += g * s->met[t * C + l];
-      gmet.at[t * C + l] = l < t ? g * s->masks.write[(t - 1) * C + l] : 0;
+  for (long t = 0; t < C; t++) {
+    float *row = gmet.at + t * C;
+    for (long l = 0; l < t; l++) {
+      float g = 2 * row[l];
+      s->gmasks.write[(t - 1) * C + l] += g * s->met[t * C + l];
+      row[l] = g * s->masks.write[(t - 1) * C + l];
     }
+    memset(row + t, 0, (C - t) * sizeof(float));
+  }
   add_lower_product(gk, C, D, gmet, c->t.k, PLUS_ALL);
   add_upper_product(gk, C, D, transposed(gmet), c->t.k, PLUS_ALL);
   memset(s->gbefore, 0, 2 * C * sizeof(float));
@@ -418,17 +422,17 @@ static void read_keys_online_backward(const chunk *c) {
 
 /* A map as held to [in, out] or back, alone or with its momentum: all but the first are held the other way round. */
 static void turn(const job *j, int i, float *to, const float *from, int halves, int back) {
-  long in = j->widths[i], out = j->widths[i + 1], map = in * out;
-  for (int half = 0; half < halves; half++, to += map, from += map)
-    if (!i) memcpy(to, from, map * sizeof(float));
-    else if (back) transpose(to, dense((float *)from, out), in, out);
-    else transpose(to, dense((float *)from, in), out, in);
+  sizes m = sizes_of(j, i);
+  for (int half = 0; half < halves; half++, to += m.map, from += m.map)
+    if (!i) memcpy(to, from, m.map * sizeof(float));
+    else if (back) transpose(to, dense((float *)from, m.out), m.in, m.out);
+    else transpose(to, dense((float *)from, m.in), m.out, m.in);
 }
 
 static void forward_memory(const job *j, scratch *s, long g) {
   record first = record_of(j, s, g, 0), last = record_of(j, s, g, j->chunks);
   for (int i = 0; i < j->depth; i++) {
-    long map = j->widths[i] * j->widths[i + 1];
+    long map = sizes_of(j, i).map;
     turn(j, i, first.maps[i], j->start[i] + g * 2 * map, 2, 0);
     if (j->base[i]) turn(j, i, s->base[i], j->base[i] + g * map, 1, 0);
   }
@@ -440,18 +444,18 @@ static void forward_memory(const job *j, scratch *s, long g) {
     write_maps(&c, record_of(j, s, g, n + 1).maps);
   }
   for (int i = 0; i < j->depth; i++)
-    turn(j, i, j->end[i] + g * 2 * j->widths[i] * j->widths[i + 1], last.maps[i], 2, 1);
+    turn(j, i, j->end[i] + g * 2 * sizes_of(j, i).map, last.maps[i], 2, 1);
 }
 
 static void backward_memory(const job *j, scratch *s, long g) {
   long D = j->widths[0];
   for (int i = 0; i < j->depth; i++) {
-    long in = j->widths[i], out = j->widths[i + 1], map = in * out;
-    turn(j, i, s->gw[i], j->gend[i] + g * 2 * map, 2, 0);
+    sizes m = sizes_of(j, i);
+    turn(j, i, s->gw[i], j->gend[i] + g * 2 * m.map, 2, 0);
     if (!j->base[i]) continue;
-    turn(j, i, s->base[i], j->base[i] + g * map, 1, 0);
-    transpose(s->base_turned[i], dense(s->base[i], out), in, out);
-    memset(s->gbase[i], 0, map * sizeof(float));
+    turn(j, i, s->base[i], j->base[i] + g * m.map, 1, 0);
+    transpose(s->base_turned[i], dense(s->base[i], m.out), m.in, m.out);
+    memset(s->gbase[i], 0, m.map * sizeof(float));
   }
   for (long n = j->chunks - 1; n >= 0; n--) {
     chunk c = chunk_of(j, s, g, n);
@@ -464,33 +468,31 @@ static void backward_memory(const job *j, scratch *s, long g) {
     make_masks_backward(c.gt.gates, &s->gmasks, &s->masks, s->other, j);
   }
   for (int i = 0; i < j->depth; i++) {
-    long map = j->widths[i] * j->widths[i + 1];
+    long map = sizes_of(j, i).map;
     turn(j, i, j->gstart[i] + g * 2 * map, s->gw[i], 2, 1);
     if (j->base[i]) turn(j, i, j->gbase[i] + g * map, s->gbase[i], 1, 1);
   }
 }
 
-/* ---- all memories, a share in every thread ---- */
+/* ---- all memories ---- */
 
 /* PyTorch's own OpenMP, where it is in the process: other threads would compete with its, which wait by spinning. */
 #ifdef __linux__
 extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
-extern int omp_get_thread_num(void) __attribute__((weak)), omp_get_num_threads(void) __attribute__((weak));
 #else
 static void (*const GOMP_parallel)(void (*)(void *), void *, unsigned, unsigned) = NULL;
-static int (*const omp_get_thread_num)(void) = NULL, (*const omp_get_num_threads)(void) = NULL;
 #endif
 
 typedef struct {
   const job *j;
   void (*memory)(const job *, scratch *, long);
-  long memories;
+  long memories, next;
   int failed;
 } work;
 
+/* One thread: the next memory, until there is none. */
 static void share(void *given) {
   work *all = given;
-  long i = omp_get_thread_num ? omp_get_thread_num() : 0, n = omp_get_num_threads ? omp_get_num_threads() : 1;
   scratch s;
   float *room = aligned_alloc(64, (lay_scratch(all->j, NULL, &s) + 15) / 16 * 64);
   if (!room) {
@@ -498,14 +500,14 @@ static void share(void *given) {
     return;
   }
   lay_scratch(all->j, room, &s);
-  for (long g = all->memories * i / n; g < all->memories * (i + 1) / n; g++) all->memory(all->j, &s, g);
+  for (long g; (g = __atomic_fetch_add(&all->next, 1, __ATOMIC_RELAXED)) < all->memories;) all->memory(all->j, &s, g);
   free(room);
 }
 
 /* 0, or 1 for want of memory */
 static int run(const job *j, int64_t memories, int64_t threads, void (*memory)(const job *, scratch *, long)) {
-  work all = {j, memory, memories, 0};
-  if (threads > 1 && GOMP_parallel && omp_get_num_threads) GOMP_parallel(share, &all, threads, 0);
+  work all = {j, memory, memories, 0, 0};
+  if (threads > 1 && GOMP_parallel) GOMP_parallel(share, &all, threads, 0);
   else share(&all);
   return all.failed;
 }
