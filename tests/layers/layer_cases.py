@@ -35,18 +35,19 @@ def build(
     conv_size=4,
     seed=0,
     backend="auto",
+    dim=DIM,
 ) -> nn.Module:
     """A layer with every parameter away from its start, so that nothing is zero or one by chance."""
     torch.manual_seed(seed)
     chunk, reach, persistent, key_heads = SIZES[size]
     memory = NeuralMemory(
-        DIM, heads=2, key_heads=key_heads, chunk_size=chunk, network=network or MemoryMLP(expansion=2), gate=gate,
+        dim, heads=2, key_heads=key_heads, chunk_size=chunk, network=network or MemoryMLP(expansion=2), gate=gate,
         conv_size=conv_size, max_lr=0.05, backend=backend,
     )  # fmt: skip
-    common = {"num_attention_heads": 2, "num_persistent_tokens": persistent, "intermediate_size": 24}
+    common = {"num_attention_heads": 2, "num_persistent_tokens": persistent, "intermediate_size": 3 * dim // 2}
     layer: nn.Module = memory
     if name == "lmm":
-        layer = LMM(memory, intermediate_size=24)
+        layer = LMM(memory, intermediate_size=3 * dim // 2)
     elif name == "mac":
         layer = MAC(memory, segment_length=reach, **common)
     elif name in ("mag", "mal"):
@@ -57,8 +58,8 @@ def build(
     return layer.to(dtype)
 
 
-def tokens(B=2, T=21, dtype=torch.float64, seed=1) -> Tensor:
-    return torch.randn(B, T, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+def tokens(B=2, T=21, dtype=torch.float64, seed=1, dim=DIM) -> Tensor:
+    return torch.randn(B, T, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def run(layer: nn.Module, x: Tensor, state=None, mask=None):

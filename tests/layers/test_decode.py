@@ -6,8 +6,13 @@ import pytest
 import torch
 from layer_cases import BLOCKS, CASES, SIZES, assert_equal, build, run, tokens
 
-from titans.layers.decode import Decoder, MemoryDecoder, decoder
+from titans.layers import LMM, MAC, MAG, MAL, NeuralMemory, native
+from titans.layers.decode import Decoder, decoder
+from titans.layers.native import operations
+from titans.layers.native.operations import NativeOperations
+from titans.layers.operations import Operations
 from titans.memory import MemoryMLP
+from titans.memory.native import build as build_c
 
 T = 30
 NETWORKS = {
@@ -17,11 +22,24 @@ NETWORKS = {
 }  # fmt: skip
 
 
-def assert_decodes(layer, x, start: int) -> None:
+# sizes in float64 that PyTorch's operations take, and in float32 for C
+WAYS = {"PyTorch": (Operations, torch.float64, 16), "C": (NativeOperations, torch.float32, 32)}
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    """Operations, dtype and width."""
+    if request.param == "C" and native.unbuilt(native.SOURCE):
+        pytest.skip(native.unbuilt(native.SOURCE))
+    return WAYS[request.param]
+
+
+def assert_decodes(layer, x, start: int, way) -> None:
     with torch.no_grad():
         expected, end = run(layer, x)
         state = run(layer, x[:, :start])[1]
-        made = (MemoryDecoder if layer.__class__.__name__ == "NeuralMemory" else Decoder)(layer, state)
+        made = Decoder(layer, state)
+        assert type(made.operations) is way[0]
         before = {name: t.clone() for name, t in state.tensors().items()}
         got = torch.stack([made(token) for token in x[:, start:].unbind(1)], 1)
     assert_equal(got, expected[:, start:])
@@ -31,29 +49,120 @@ def assert_decodes(layer, x, start: int) -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("start", [0, 1, 11])
-@pytest.mark.parametrize(("name", "size"), CASES)
-def test_single_tokens_are_the_whole(name, size, start, batch):
-    assert_decodes(build(name, size), tokens(batch, T), start)
+@pytest.mark.parametrize(("name", "size"), [(name, size) for name, size in CASES if name in BLOCKS])
+def test_single_tokens_are_the_whole(name, size, start, batch, way):
+    _, dtype, dim = way
+    assert_decodes(build(name, size, dtype, dim=dim), tokens(batch, T, dtype, dim=dim), start, way)
 
 
 @pytest.mark.parametrize("gate", ["sigmoid", "write"])
 @pytest.mark.parametrize("conv_size", [1, 4])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_options(network, gate, conv_size):
-    assert_decodes(build("memory", network=NETWORKS[network], gate=gate, conv_size=conv_size), tokens(2, T), 4)
+def test_options(network, gate, conv_size, way):
+    _, dtype, dim = way
+    layer = build("mac", dtype=dtype, network=NETWORKS[network], gate=gate, conv_size=conv_size, dim=dim)
+    assert_decodes(layer, tokens(2, T, dtype, dim=dim), 4, way)
 
 
-def test_without_the_value_beside():
-    layer = build("memory")
-    layer.skip = None
-    assert_decodes(layer, tokens(2, T), 4)
+def test_without_the_value_beside(way):
+    _, dtype, dim = way
+    layer = build("lmm", dtype=dtype, dim=dim)
+    layer.memory.skip = None
+    assert_decodes(layer, tokens(2, T, dtype, dim=dim), 4, way)
 
 
 @pytest.mark.parametrize(("forget", "momentum"), [("zero", True), ("none", True), ("start", False), ("none", False)])
-def test_forgetting_and_momentum(forget, momentum):
-    layer = build("mac")
+def test_forgetting_and_momentum(forget, momentum, way):
+    _, dtype, dim = way
+    layer = build("mac", dtype=dtype, dim=dim)
     layer.memory.forget, layer.memory.momentum = forget, momentum
-    assert_decodes(layer, tokens(2, T), 4)
+    assert_decodes(layer, tokens(2, T, dtype, dim=dim), 4, way)
+
+
+def wide(name: str, expansion: float = 4) -> torch.nn.Module:
+    """A block of usual widths: heads of 64, chunk 16, segment or window 24."""
+    memory = NeuralMemory(128, heads=2, chunk_size=16, network=MemoryMLP(expansion=expansion))
+    attention = {"num_attention_heads": 2, "num_persistent_tokens": 3, "intermediate_size": 208}
+    if name == "lmm":
+        return LMM(memory, intermediate_size=208)
+    reach = {"segment_length" if name == "mac" else "sliding_window": 24}
+    return {"mac": MAC, "mag": MAG, "mal": MAL}[name](memory, **attention, **reach)
+
+
+@pytest.fixture
+def in_c():
+    if reason := native.unbuilt(native.SOURCE):
+        pytest.skip(reason)
+    return WAYS["C"]
+
+
+def long_tokens():
+    return torch.randn(2, 70, 128, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("expansion", [1, 4.5])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_usual_widths(name, expansion, in_c):
+    """Rows of several vectors, chunks and segments that end at different places."""
+    torch.manual_seed(0)
+    assert_decodes(wide(name, expansion), long_tokens(), 5, in_c)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_threads_give_the_same_numbers(name, in_c, monkeypatch):
+    monkeypatch.setattr(operations, "GRAIN", 1)
+    torch.manual_seed(0)
+    layer, x, found, before = wide(name), long_tokens(), [], torch.get_num_threads()
+    with torch.no_grad():
+        state = layer(x[:, :5])[1]
+        for threads in (1, 3):
+            made = Decoder(layer, state)
+            torch.set_num_threads(threads)
+            try:
+                found.append([made(token) for token in x[:, 5:].unbind(1)] + list(made.state.tensors().values()))
+            finally:
+                torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "flags", [["-U__AVX512F__"], ["-O1", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]]
+)
+@pytest.mark.parametrize("name", ["mac", "mag"])
+def test_other_builds(name, flags, in_c, tmp_path, monkeypatch):
+    """Vectors of eight, and a build that stops at what C leaves undefined."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build_c, "FLAGS", [*build_c.FLAGS, *flags])
+    monkeypatch.setattr(operations, "library", build_c.library.__wrapped__)
+    torch.manual_seed(0)
+    assert_decodes(wide(name), long_tokens(), 5, in_c)
+    assert [path.suffix for path in (tmp_path / "titans").iterdir()] == [".so"]
+
+
+def test_where_pytorch_is_taken(in_c, monkeypatch):
+    """Another dtype, a width that is no multiple of 16, a backend that was asked for, no compiler."""
+    torch.manual_seed(0)
+
+    def taken(layer):
+        x = torch.randn(1, 2, layer.memory.dim, dtype=layer.mix_norm.weight.dtype)
+        with torch.no_grad():
+            return type(Decoder(layer, layer(x)[1]).operations)
+
+    assert taken(wide("mag")) is NativeOperations
+    assert taken(wide("mag").double()) is taken(wide("mag", expansion=1.2)) is Operations
+    layer = wide("mag")
+    layer.memory.backend = "chunked"
+    assert taken(layer) is Operations
+    monkeypatch.setattr(native, "unbuilt", lambda _: "there is no C compiler")
+    assert taken(wide("mag")) is Operations
+
+
+def test_a_model_that_was_cast_since(in_c):
+    layer, x = wide("lmm"), long_tokens()
+    with torch.no_grad():
+        made = Decoder(layer, layer(x)[1])
+        with pytest.raises(ValueError, match=r"x is torch\.float64 on cpu, but its cache in float32"):
+            made(x[:, 0].double())
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -16,7 +16,7 @@ from titans.memory.native import build
 from titans.memory.native import scan as native
 
 try:
-    build.library()
+    build.library(c_code.SOURCE)
 except OSError as error_:
     pytest.skip(str(error_), allow_module_level=True)
 
@@ -38,7 +38,7 @@ def unbuilt(monkeypatch):
     """As on a machine that has not tried to compile it."""
     for where in ("titans.memory.native.library", "titans.memory.native.scan.library"):
         monkeypatch.setattr(where, build.library.__wrapped__)
-    forget = [dispatch._warn_once.cache_clear, c_code._unbuilt.cache_clear]
+    forget = [dispatch._warn_once.cache_clear, c_code.unbuilt.cache_clear]
     for clear in forget:
         clear()
     yield
@@ -49,13 +49,13 @@ def unbuilt(monkeypatch):
 @pytest.fixture(autouse=True)
 def runs(monkeypatch):
     """What ran of the C code."""
-    seen, run = [], native._Job.run
+    seen, run = [], native.Job.run
 
     def spy(job, step, memories):
         seen.append(step)
         run(job, step, memories)
 
-    monkeypatch.setattr(native._Job, "run", spy)
+    monkeypatch.setattr(native.Job, "run", spy)
     return seen
 
 
@@ -261,13 +261,13 @@ def test_want_of_memory(monkeypatch):
         def forward(self, *_):
             return 1
 
-    monkeypatch.setattr(native, "library", Full)
+    monkeypatch.setattr(native, "library", lambda _: Full())
     with pytest.raises(MemoryError, match="use a smaller chunk_size"), torch.no_grad():
         small().run("native", info=False)
 
 
 def test_two_processes_build_at_once(tmp_path):
-    code = "from titans.memory.native.build import library; library()"
+    code = "from titans.memory.native import SOURCE, build; build.library(SOURCE)"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     both = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]

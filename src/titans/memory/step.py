@@ -9,19 +9,10 @@ from titans.memory.network import MemoryMLP
 from titans.memory.scan import advance_all, weights_of
 from titans.memory.state import MemoryState
 
-NEAR = 8 * 2**20  # bytes; of more the first would be gone when the last have come
 
-
-def near(t: Tensor) -> Tensor:
-    """``t``, brought into a CPU's caches: a sum reads memory three times as fast as the product of a few rows."""
-    if t.is_cpu and t.nbytes <= NEAR:
-        t.sum()
-    return t
-
-
-def _apart(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``f`` of numbers on [G, 1, D], not contiguous: PyTorch gives what is to oneDNN, some 15 us a call."""
-    return lambda *z: f(*[t.transpose(0, 2) for t in z]).transpose(0, 2)
+def turned(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Linear maps [..., d_in, d_out] as a stepper lays them out, all but the first [..., d_out, d_in]; or back."""
+    return [map.mT if i else map for i, map in enumerate(maps)]
 
 
 class Stepper:
@@ -33,29 +24,33 @@ class Stepper:
     Args:
         state: where reading stopped; every row at the same place of its chunk.
         weights, network, forget: as in ``neural_memory``.
+        keep: makes the copies that it works on, contiguous.
     """
 
-    def __init__(self, state: MemoryState, weights: Sequence[Tensor], network: MemoryMLP, forget: str):
+    def __init__(
+        self, state: MemoryState, weights: Sequence[Tensor], network: MemoryMLP, forget: str,
+        keep: Callable[[Tensor], Tensor],
+    ):  # fmt: skip
         B, H, C, _ = state.pending.shape
         dtype = state.pending.dtype
         maps, affine = network.split(weights)
         self.network, self.shape, self.chunk_size = network, (B, H), C
-        self.value, self.slope = _apart(network.functions.value), _apart(network.functions.slope)
+        self.value, self.slope = network.functions.value, network.functions.slope
         self.affine = affine and tuple(a.to(dtype).repeat(B, 1).unsqueeze(1) for a in affine)
         # every map as M_0, memory and momentum: keys meet the first two, queries all three
         self.maps: list[Tensor] = []
         for i, (map, w) in enumerate(zip(state.maps, maps, strict=True)):
             base = (w.mT if i else w).to(dtype).repeat(B, 1, 1).unsqueeze(1)
             base = base if forget == "start" else torch.zeros_like(base)
-            self.maps.append(torch.cat([base, map.flatten(0, 1)], 1))
+            self.maps.append(keep(torch.cat([base, map.flatten(0, 1)], 1)))
         self.three = [map.flatten(1, 2).mT if i else map.flatten(1, 2) for i, map in enumerate(self.maps)]
         self.two = [map[:, :2].flatten(1, 2) for map in self.maps]
-        self.inputs, self.signals = ([t.flatten(0, 1).clone() for t in ts] for ts in (state.inputs, state.signals))
+        self.inputs, self.signals = ([keep(t.flatten(0, 1)) for t in ts] for ts in (state.inputs, state.signals))
         # weights in memory and in momentum as they stand, of M_0, of the two maps the chunk began with, of its tokens
         since = torch.cat([state.since_start().mT, state.pending], 2).flatten(0, 1).movedim(-1, 0)
         self.weights = torch.cat([torch.ones_like(since[..., :1]), since], -1).unsqueeze(2)  # [2, G, 1, 3 + C]
         self.fading, self.mix = self.weights[..., 1:], self.weights[0, ..., :3]
-        self.read, self.conv = int(state.position[0]), state.conv
+        self.read, self.conv = int(state.position[0]), None if state.conv is None else state.conv.clone()
 
     @property
     def state(self) -> MemoryState:
@@ -77,18 +72,23 @@ class Stepper:
         return self.read % self.chunk_size
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
-        """Writes one token and reads: q, k, v [G, 1, D], gates [3, G, 1, 1] = (lr, log_momentum, log_retention)."""
+        """Writes one token and reads; ``advance`` has to follow.
+
+        q, k, v [G, 1, D], gates [3, G, 1, 1] = (lr, log_momentum, log_retention).
+        """
         network = self.network
         self._write(k, v)
         write, h = self._weigh(gates), q
         for i in range(network.depth):
             r = self._linear(i, h, self.mix, write)
             h = self.value(r) if i < network.depth - 1 else r
-        out = network.finish(q, h, self.affine)  # type: ignore[arg-type]
+        return network.finish(q, h, self.affine)  # type: ignore[arg-type]
+
+    def advance(self) -> None:
+        """After every token: the next one's place, in the next chunk if this one is full."""
         self.read += 1
         if self.slot == 0:
             self._close()
-        return out
 
     def _linear(self, i: int, h: Tensor, mix: Tensor, write: Tensor) -> Tensor:
         """The i-th map at h: its three parts weighted by mix [G, 1, 3], the open chunk's tokens by write [G, 1, n]."""
@@ -113,8 +113,7 @@ class Stepper:
         """The token's input and gradient at every map, at the memory the chunk began with (online: as it stands)."""
         network, slot = self.network, self.slot
         x, outputs = k, []
-        for i, (map, two, inputs) in enumerate(zip(self.maps, self.two, self.inputs, strict=True)):
-            near(map)
+        for i, (two, inputs) in enumerate(zip(self.two, self.inputs, strict=True)):
             if network.online:
                 outputs.append(self._linear(0, k, self.mix, self.weights[0, ..., 3 : slot + 3]))
             elif i:
@@ -135,7 +134,7 @@ class Stepper:
         """Asks a memory that stands still: q [G, 1, D], its linear maps [B, H, d_in, d_out]; nothing is written."""
         h = q
         for i, map in enumerate(maps):
-            h = torch.bmm(self.value(h) if i else h, near(map).flatten(0, 1))
+            h = torch.bmm(self.value(h) if i else h, map.flatten(0, 1))
         return self.network.finish(q, h, self.affine)  # type: ignore[arg-type]
 
     def _advanced(self) -> list[Tensor]:

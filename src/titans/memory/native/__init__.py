@@ -1,6 +1,7 @@
 """Whole chunks in a row on a CPU, in C (``scan.c``), compiled where it is first taken."""
 
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from titans.memory.native.build import library
 from titans.memory.network import MemoryMLP
 
+SOURCE = Path(__file__).with_name("scan.c")
 MULTIPLE = 16  # of every width, and of the chunk: one vector of the widest CPUs
 
 
@@ -27,14 +29,14 @@ def unsupported(q: Tensor, network: MemoryMLP, chunk_size: int) -> str | None:
 
 def unproven(network: MemoryMLP) -> str | None:
     """What keeps this machine from compiling it, and the mend; None: it is compiled."""
-    return _unbuilt()
+    return unbuilt(SOURCE)
 
 
 @cache
-def _unbuilt() -> str | None:
-    """Tried once: a compiler that fails takes its time."""
+def unbuilt(source: Path) -> str | None:
+    """What keeps this machine from compiling C; tried once: a compiler that fails takes its time."""
     try:
-        library()
+        library(source)
     except (OSError, RuntimeError) as error:  # the latter: nobody's home, where the cache would be
         return str(error)
     return None

@@ -46,19 +46,21 @@ INLINE point activate(long kind, vec z) {
 /* ---- the norm, the residual, and the loss's signal ---- */
 
 /* Row x with mean 0 and variance 1; one over its deviation. */
-static float normalise(float *unit, const float *x, const job *j) {
-  long D = j->widths[0];
+static float standardise(float *unit, const float *x, long D, float eps) {
   vec total = {0}, square = {0};
-  if (!j->norm) {
-    memcpy(unit, x, D * sizeof(float));
-    return 1;
-  }
   for (long i = 0; i < D; i += LANES) total += load(x + i);
   float mean = sum(total) / D;
   for (long i = 0; i < D; i += LANES) square += (load(x + i) - mean) * (load(x + i) - mean);
-  float rstd = 1 / sqrtf(sum(square) / D + (float)j->eps);
+  float rstd = 1 / sqrtf(sum(square) / D + eps);
   for (long i = 0; i < D; i += LANES) store(unit + i, (load(x + i) - mean) * rstd);
   return rstd;
+}
+
+/* That, if there is a norm */
+static float normalise(float *unit, const float *x, const job *j) {
+  if (j->norm) return standardise(unit, x, j->widths[0], j->eps);
+  memcpy(unit, x, j->widths[0] * sizeof(float));
+  return 1;
 }
 
 /* J g of that */

@@ -6,6 +6,7 @@
 #include "job.h"
 #include "masks.h"
 #include "pointwise.h"
+#include "threads.h"
 
 typedef struct {
   long in, out, map;
@@ -475,13 +476,6 @@ static void backward_memory(const job *j, scratch *s, long g) {
 }
 
 /* ---- all memories ---- */
-
-/* PyTorch's own OpenMP, where it is in the process: other threads would compete with its, which wait by spinning. */
-#ifdef __linux__
-extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
-#else
-static void (*const GOMP_parallel)(void (*)(void *), void *, unsigned, unsigned) = NULL;
-#endif
 
 typedef struct {
   const job *j;

@@ -1,7 +1,6 @@
 """``scan`` in C: the same arguments and results as ``memory/scan.py``, whole chunks in a row."""
 
 import ctypes
-import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,18 +8,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from titans.memory.native import SOURCE
 from titans.memory.native.build import library
+from titans.memory.native.pages import room
 from titans.memory.network import MemoryMLP
 
 Tensors = Sequence[Tensor]
 MAPS = 4
-LARGE_PAGE = 1 << 21
 ACTIVATIONS = ("gelu", "silu", "relu")  # as job.h numbers them
 INPUTS = ("q", "k", "v", "gates", "gain", "bias")
 AFFINE = slice(4, 6)  # their gradients are added up
 
 
-class _Job(ctypes.Structure):
+class Job(ctypes.Structure):
     """``job`` of job.h."""
 
     _fields_ = [
@@ -39,13 +39,13 @@ class _Job(ctypes.Structure):
         """Inputs, base and maps, or, with the prefix "g", their gradients."""
         for name, t in zip(INPUTS, tensors, strict=False):
             setattr(self, prefix + name, None if t is None else t.data_ptr())
-        setattr(self, f"{prefix}base", _places(tensors[len(INPUTS) : -self.depth]))
-        setattr(self, f"{prefix}start", _places(tensors[-self.depth :]))
+        setattr(self, f"{prefix}base", places(tensors[len(INPUTS) : -self.depth]))
+        setattr(self, f"{prefix}start", places(tensors[-self.depth :]))
 
     def run(self, step: str, memories: int) -> None:
         """``forward`` or ``backward`` of scan.c, a share of the memories in every thread."""
         threads = max(1, min(torch.get_num_threads(), memories))
-        if getattr(library(), step)(ctypes.byref(self), ctypes.c_int64(memories), ctypes.c_int64(threads)):
+        if getattr(library(SOURCE), step)(ctypes.byref(self), ctypes.c_int64(memories), ctypes.c_int64(threads)):
             raise MemoryError("no memory is left for one chunk of a memory; use a smaller chunk_size or expansion")
 
 
@@ -66,9 +66,11 @@ class _Scan(torch.autograd.Function):
         job, maps = _job(network, chunk_size, tensors), tensors[-network.depth :]
         out, end, tape = torch.empty_like(tensors[0]), [torch.empty_like(m) for m in maps], None
         if any(ctx.needs_input_grad):
-            tape = _room(len(maps[0]) * job.chunks * library().tape_size(ctypes.byref(job)))
+            tape_size = library(SOURCE).tape_size
+            tape_size.restype = ctypes.c_int64
+            tape = room(len(maps[0]) * job.chunks * tape_size(ctypes.byref(job)))
             job.tape = tape.data_ptr()
-        job.out, job.end = out.data_ptr(), _places(end)
+        job.out, job.end = out.data_ptr(), places(end)
         job.run("forward", len(maps[0]))
         ctx.network, ctx.chunk_size = network, chunk_size
         ctx.save_for_backward(tape, *tensors)
@@ -83,32 +85,25 @@ class _Scan(torch.autograd.Function):
         for g in grads[AFFINE]:
             if g is not None:
                 g.zero_()
-        job.tape, job.gout, job.gend = tape.data_ptr(), gout.data_ptr(), _places(gend)
+        job.tape, job.gout, job.gend = tape.data_ptr(), gout.data_ptr(), places(gend)
         job.place(grads, "g")
         job.run("backward", len(gend[0]))
         return None, None, *grads
 
 
-def _room(size: int) -> Tensor:
-    """float32 [size], much of it in large pages: to touch the many small ones costs more than what is written there.
-
-    They are its own, and given back when it is freed, where the heap would keep holes.
-    """
-    if 4 * size < LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size)
-    pages = mmap.mmap(-1, 4 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.float32)
-
-
-def _job(network: MemoryMLP, chunk_size: int, tensors: Sequence[Any]) -> _Job:
-    _, T, H, D = tensors[0].shape
-    widths = (ctypes.c_int64 * (MAPS + 1))(D, *(width for _, width in network.shapes(D)))
+def job_of(network: MemoryMLP, heads: int, dim: int, chunks: int, size: int) -> Job:
+    """What is said of ``heads`` memories a row and of their chunks, in numbers; no places."""
+    widths = (ctypes.c_int64 * (MAPS + 1))(dim, *(width for _, width in network.shapes(dim)))
     options = ACTIVATIONS.index(network.activation), network.norm, network.residual, network.online
-    job = _Job(network.depth, H, T // chunk_size, chunk_size, widths, *options, network.norm_eps)
+    return Job(network.depth, heads, chunks, size, widths, *options, network.norm_eps)
+
+
+def _job(network: MemoryMLP, chunk_size: int, tensors: Sequence[Any]) -> Job:
+    _, T, H, D = tensors[0].shape
+    job = job_of(network, H, D, T // chunk_size, chunk_size)
     job.place(tensors)
     return job
 
 
-def _places(tensors: Sequence[Any]):
+def places(tensors: Sequence[Any]):
     return (ctypes.c_void_p * MAPS)(*(t.data_ptr() for t in tensors))
