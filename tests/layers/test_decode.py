@@ -1,12 +1,16 @@
 """Decoders give what ``forward`` gives, token by token, and leave the same state (test contract, item 3)."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from layer_cases import BLOCKS, CASES, SIZES, assert_equal, build, run, tokens
 
-from titans.layers import LMM, MAC, MAG, MAL, NeuralMemory, native
+from titans.layers import native
 from titans.layers.decode import Decoder, decoder
 from titans.layers.native import operations
 from titans.layers.native.operations import NativeOperations
@@ -81,12 +85,7 @@ def test_forgetting_and_momentum(forget, momentum, way):
 
 def wide(name: str, expansion: float = 4) -> torch.nn.Module:
     """A block of usual widths: heads of 64, chunk 16, segment or window 24."""
-    memory = NeuralMemory(128, heads=2, chunk_size=16, network=MemoryMLP(expansion=expansion))
-    attention = {"num_attention_heads": 2, "num_persistent_tokens": 3, "intermediate_size": 208}
-    if name == "lmm":
-        return LMM(memory, intermediate_size=208)
-    reach = {"segment_length" if name == "mac" else "sliding_window": 24}
-    return {"mac": MAC, "mag": MAG, "mal": MAL}[name](memory, **attention, **reach)
+    return build(name, "16 in 24", torch.float32, network=MemoryMLP(expansion=expansion), dim=128)
 
 
 @pytest.fixture
@@ -97,22 +96,19 @@ def in_c():
 
 
 def long_tokens():
-    return torch.randn(2, 70, 128, generator=torch.Generator().manual_seed(2))
+    return tokens(2, 70, torch.float32, dim=128)
 
 
 @pytest.mark.parametrize("expansion", [1, 4.5])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_usual_widths(name, expansion, in_c):
     """Rows of several vectors, chunks and segments that end at different places."""
-    torch.manual_seed(0)
     assert_decodes(wide(name, expansion), long_tokens(), 5, in_c)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-def test_threads_give_the_same_numbers(name, in_c, monkeypatch):
-    monkeypatch.setattr(operations, "GRAIN", 1)
-    torch.manual_seed(0)
-    layer, x, found, before = wide(name), long_tokens(), [], torch.get_num_threads()
+def assert_threads_agree(layer) -> None:
+    """One and three of them, to the bit."""
+    x, found, before = long_tokens(), [], torch.get_num_threads()
     with torch.no_grad():
         state = layer(x[:, :5])[1]
         for threads in (1, 3):
@@ -125,6 +121,22 @@ def test_threads_give_the_same_numbers(name, in_c, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_threads_give_the_same_numbers(name, in_c, monkeypatch):
+    monkeypatch.setattr(operations, "GRAIN", 1)
+    assert_threads_agree(wide(name))
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_fewer_threads_than_were_asked_for(limit, in_c):
+    """OpenMP may give less: no share of the work is lost."""
+    code = "import sys; sys.path[:0] = sys.argv[1:]; import test_decode as t; t.operations.GRAIN = 1; "
+    code += "t.assert_threads_agree(t.wide('mac'))"
+    environment = os.environ | {"OMP_THREAD_LIMIT": str(limit)}
+    folders = [str(folder) for folder in Path(__file__).parents[:2]]
+    subprocess.run([sys.executable, "-c", code, *folders], env=environment, check=True)
+
+
 @pytest.mark.parametrize(
     "flags", [["-U__AVX512F__"], ["-O1", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]]
 )
@@ -134,14 +146,12 @@ def test_other_builds(name, flags, in_c, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build_c, "FLAGS", [*build_c.FLAGS, *flags])
     monkeypatch.setattr(operations, "library", build_c.library.__wrapped__)
-    torch.manual_seed(0)
     assert_decodes(wide(name), long_tokens(), 5, in_c)
     assert [path.suffix for path in (tmp_path / "titans").iterdir()] == [".so"]
 
 
 def test_where_pytorch_is_taken(in_c, monkeypatch):
     """Another dtype, a width that is no multiple of 16, a backend that was asked for, no compiler."""
-    torch.manual_seed(0)
 
     def taken(layer):
         x = torch.randn(1, 2, layer.memory.dim, dtype=layer.mix_norm.weight.dtype)

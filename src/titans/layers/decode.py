@@ -125,11 +125,11 @@ class Decoder:
     ``state`` is what ``forward`` would have returned; it is a copy.
     """
 
-    @torch.inference_mode()  # here and below: to keep track of views is a tenth of the time of a token
+    @torch.inference_mode()
     def __init__(self, block: Block, state: State):
         memory: NeuralMemory = block.memory  # type: ignore[assignment]
         held: MemoryState = getattr(state, "memory", state)  # type: ignore[assignment]
-        kind = Operations if native.unsupported(block, held) else NativeOperations
+        kind = NativeOperations if native.supported(block, held) else Operations
         self.operations = operations = kind(memory, held)
         self.mixer = _MIXERS[type(block)](operations, block, state)
         self.mix_norm, self.feed_forward_norm = map(operations.norm, (block.mix_norm, block.feed_forward_norm))

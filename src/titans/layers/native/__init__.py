@@ -7,28 +7,23 @@ import torch
 
 from titans.layers.block import Block
 from titans.layers.neural_memory import NeuralMemory
-from titans.memory import MemoryState, native
-from titans.memory.native import unbuilt
+from titans.memory import MemoryState
+from titans.memory.native import MULTIPLE, unbuilt
 
 SOURCE = Path(__file__).with_name("token.c")
 
 
-def unsupported(block: Block, state: MemoryState) -> str | None:
-    """What keeps the C code from a block that goes on from ``state``; None: nothing does."""
+def supported(block: Block, state: MemoryState) -> bool:
+    """Whether the C code takes the block from ``state`` on: float32 on a CPU, widths that are multiples of 16."""
     memory: NeuralMemory = block.memory  # type: ignore[assignment]
     attention: Any = getattr(block, "attention", None)
-    widths = {
-        "dim": memory.dim,
-        "head_dim": memory.head_dim,
-        "the memory's hidden width": memory.network.shapes(memory.head_dim)[0][1],
-        "intermediate_size": block.feed_forward.down_proj.in_features,
-        "the attention's head_dim": attention.head_dim if attention else 0,
-    }
-    if memory.backend not in ("auto", "native"):
-        return f"the memory's backend is {memory.backend!r}"
-    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in (*block.parameters(), state.pending)):
-        return "parameters or state are not float32 on a CPU"
-    for name, width in widths.items():
-        if width % native.MULTIPLE:
-            return f"{name}={width} is no multiple of {native.MULTIPLE}"
-    return unbuilt(SOURCE)
+    hidden = memory.network.shapes(memory.head_dim)[0][1]
+    widths = [memory.dim, memory.head_dim, hidden, block.feed_forward.down_proj.in_features]
+    widths += [attention.head_dim] if attention else []
+    tensors = (*block.parameters(), state.pending)
+    return (
+        memory.backend in ("auto", "native")
+        and all(t.dtype == torch.float32 and t.is_cpu for t in tensors)
+        and not any(width % MULTIPLE for width in widths)
+        and unbuilt(SOURCE) is None
+    )

@@ -19,7 +19,6 @@ from titans.memory import MemoryState
 from titans.memory.native.build import library
 from titans.memory.native.pages import Pages
 from titans.memory.native.scan import MAPS, Job, job_of, places
-from titans.memory.step import Stepper
 
 PANEL = 64  # outputs whose weights lie together, as in token.c
 GRAIN = 1 << 18  # numbers that a thread reads at least
@@ -80,12 +79,15 @@ class NativeOperations(Operations):
 
     def __init__(self, memory: NeuralMemory, state: MemoryState):
         self.pages = Pages()
-        self.keep = self.pages.copy
-        self.stepper = Stepper(state, memory.start(), memory.network, memory.forget, self.keep)
+        super().__init__(memory, state)
         self.batch = self.stepper.shape[0]
         self.steps: list[tuple[int, int]] = []
         self.kept: list[Any] = []  # what the steps point to
         self.written: Any = None  # the memory's part of them
+
+    def keep(self, t: Tensor) -> Tensor:
+        """A contiguous copy, in large pages."""
+        return self.pages.copy(t)
 
     def program(self, token: Callable[[Tensor], Tensor], dim: int) -> Callable[[Tensor], Tensor]:
         """``token``, x [batch, dim] -> y, recorded; nothing happens where x holds NaN or infinity, but a ValueError."""

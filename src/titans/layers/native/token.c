@@ -41,7 +41,7 @@ void norm(const norm_job *j, int64_t read, share s) {
   for (long b = s.me; b < j->batch; b += s.of) scaled_norm(row(j->y, b), row(j->x, b), j->weight, j->width, j->eps);
 }
 
-INLINE vec silu(vec x) { return x / (1.0f + exponential(-x)); }
+INLINE vec silu(vec x) { return activate(SILU, x).value; }
 
 typedef struct {
   int64_t batch, width;
@@ -94,7 +94,7 @@ void linear(const linear_job *j, int64_t read, share s) {
       vec acc[PANEL / LANES] = {0};
       for (long l = 0; l < j->in; l++, w += PANEL)
         for (int c = 0; c < PANEL / LANES; c++) {
-          if (c * LANES % 16 == 0) __builtin_prefetch(w + AHEAD + c * LANES, 0, 0); /* past the caches that others use */
+          if (c * LANES % 16 == 0) __builtin_prefetch(w + AHEAD + c * LANES, 0, 0); /* past the others' caches */
           acc[c] += x[l] * load(w + c * LANES);
         }
       for (int c = 0; c < PANEL / LANES; c++) store(row(j->y, b) + p * PANEL + c * LANES, acc[c]);
@@ -132,7 +132,7 @@ static void weigh(float *found, float *scores, const float *values, long n, long
 typedef struct {
   int64_t batch, heads, width, persistent, length;
   rows tokens, recalled, found; /* q, k, v; the memory token's k, v */
-  float *keys, *values;         /* [B, heads, N_p + 2 length, D], in the order [persistent | memory token, token | ...] */
+  float *keys, *values;         /* [B, heads, N_p + 2 length, D]: [persistent | memory token, token | ...] */
   const float *table;           /* of places 0 ... length - 1 */
 } segment_job;
 
@@ -251,14 +251,10 @@ typedef struct { /* one memory's part of it */
 
 static const float ONES[3] = {1, 1, 1};
 
-static affine affine_of(const job *j, long g) {
-  long D = j->widths[0];
-  return j->gain ? (affine){(float *)j->gain + g * D, (float *)j->bias + g * D} : (affine){0};
-}
-
 static held held_of(const memory_job *j, long g) {
   long C = j->chunk, G = j->batch * j->net.heads;
-  held m = {.memory = j->weights + g * (3 + C), .surprise = j->weights + (G + g) * (3 + C), .a = affine_of(&j->net, g)};
+  held m = {.memory = j->weights + g * (3 + C), .surprise = j->weights + (G + g) * (3 + C)};
+  m.a = affine_of(j->net.gain, j->net.bias, g, j->net.widths[0]);
   for (int i = 0; i < j->net.depth; i++) {
     long in = j->net.widths[i], out = j->net.widths[i + 1];
     m.maps[i] = j->maps[i] + g * 3 * in * out;
@@ -299,12 +295,11 @@ static void meet(float *z, int i, const float *x, held m, long n, const job *j) 
 static void write_token(const float *k, const float *v, held m, long slot, const job *j) {
   long wide = widest(j);
   float z[MAPS][wide], u[wide], unit[wide], error[wide], rstd;
-  const float *x = k;
   for (int i = 0; i < j->depth; i++) {
     long in = j->widths[i];
     float *input = m.inputs[i] + slot * in;
     if (i) activation(input, z[i - 1], in, j->activation);
-    else memcpy(input, x, in * sizeof(float));
+    else memcpy(input, k, in * sizeof(float));
     if (j->online) meet(z[i], i, input, m, slot, j);
     else meet_maps(2, z[i], i, input, m.maps[i], ONES, j);
   }
@@ -388,7 +383,8 @@ static gates gates_of(const memory_job *j, long g) {
     const float *qkv = row(j->qkv, g / H), *w = j->gates_weight;
     z[i] = j->gates_bias[gate] + (w ? dot(qkv, w + gate * channels, channels) : row(j->gates, g / H)[gate]);
   }
-  gates found = {j->write_gate ? fminf(fmaxf(z[0] / 6 + 0.5f, 0), 1) : sigmoid(z[0]), j->momentum ? sigmoid(z[1]) : 0, 1};
+  gates found = {sigmoid(z[0]), j->momentum ? sigmoid(z[1]) : 0, 1};
+  if (j->write_gate) found.lr = fminf(fmaxf(z[0] / 6 + 0.5f, 0), 1);
   if (j->forgets) found.retention = j->write_gate ? fmaxf(1 - sigmoid(z[2]) * found.lr, 0x1p-23f) : sigmoid(-z[2]);
   found.lr *= j->max_lr;
   return found;
@@ -457,7 +453,7 @@ void recall_token(const recall_job *j, int64_t read, share s) {
   float q[D], h[wide], r[wide], found[D];
   for (long g = s.me; g < j->batch * H; g += s.of) {
     const float *asked = row(j->queries, g / H) + g % H * j->key_heads / H * D;
-    affine a = affine_of(&j->net, g);
+    affine a = affine_of(j->net.gain, j->net.bias, g, D);
     for (long i = 0; i < D; i += LANES) store(q + i, silu(load(asked + i)));
     to_sphere(q, q, D);
     for (int i = 0; i < j->net.depth; i++) {
@@ -486,17 +482,20 @@ typedef struct {
 
 typedef struct {
   const program *p;
-  int64_t read, threads, next;
+  int64_t read;
 } replayed;
 
-/* One thread's part: all of them are through with an operation before the next. */
-static void replay_share(void *given) {
-  replayed *all = given;
-  share s = {__atomic_fetch_add(&all->next, 1, __ATOMIC_RELAXED), all->threads};
+static void replay_share(const replayed *all, share s) {
   for (long i = 0; i < all->p->n; i++) {
     all->p->all[i].run(all->p->all[i].job, all->read, s);
     if (s.of > 1) GOMP_barrier();
   }
+}
+
+/* One thread's part, of as many as there are, which may be fewer than were asked for: all of them are through with an
+   operation before the next. */
+static void replay_in_team(void *given) {
+  replay_share(given, (share){omp_get_thread_num(), omp_get_num_threads()});
 }
 
 /* The token x to y; 0, and nothing is done, if it holds NaN or infinity. */
@@ -505,9 +504,9 @@ int replay(const program *p, int64_t read, const float *x, float *y, int64_t thr
   for (long i = 0; i < p->size; i += LANES) zero += load(x + i) - load(x + i);
   if (sum(zero) != 0) return 0; /* NaN */
   memcpy(p->x, x, p->size * sizeof(float));
-  replayed all = {p, read, GOMP_parallel ? threads : 1, 0};
-  if (all.threads > 1) GOMP_parallel(replay_share, &all, all.threads, 0);
-  else replay_share(&all);
+  replayed all = {p, read};
+  if (threads > 1 && GOMP_parallel) GOMP_parallel(replay_in_team, &all, threads, 0);
+  else replay_share(&all, (share){0, 1});
   memcpy(y, p->y, p->size * sizeof(float));
   return 1;
 }

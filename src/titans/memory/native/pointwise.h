@@ -81,6 +81,10 @@ typedef struct {
   float *gain, *bias;
 } affine;
 
+static affine affine_of(const float *gain, const float *bias, long g, long D) {
+  return gain ? (affine){(float *)gain + g * D, (float *)bias + g * D} : (affine){0};
+}
+
 INLINE vec gain_at(affine a, long i) { return a.gain ? load(a.gain + i) : all(1.0f); }
 INLINE vec bias_at(affine a, long i) { return a.bias ? load(a.bias + i) : all(0.0f); }
 

@@ -122,10 +122,6 @@ static record record_of(const job *j, scratch *s, long g, long c) {
   return r;
 }
 
-static affine affine_of(const float *gain, const float *bias, long g, long D) {
-  return gain ? (affine){(float *)gain + g * D, (float *)bias + g * D} : (affine){0};
-}
-
 /* Chunk n of memory g, its masks made. */
 static chunk chunk_of(const job *j, scratch *s, long g, long n) {
   long D = j->widths[0];
