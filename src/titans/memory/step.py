@@ -50,7 +50,7 @@ class Stepper:
         since = torch.cat([state.since_start().mT, state.pending], 2).flatten(0, 1).movedim(-1, 0)
         self.weights = torch.cat([torch.ones_like(since[..., :1]), since], -1).unsqueeze(2)  # [2, G, 1, 3 + C]
         self.fading, self.mix = self.weights[..., 1:], self.weights[0, ..., :3]
-        self.read, self.conv = int(state.position[0]), None if state.conv is None else state.conv.clone()
+        self.read, self.conv = int(state.position[0]), None if state.conv is None else keep(state.conv)
 
     @property
     def state(self) -> MemoryState:
