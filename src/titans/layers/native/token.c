@@ -4,6 +4,7 @@
    and the open chunk take to come from memory: each is read once, in the order in which it lies. */
 
 #include "pointwise.h"
+#include "product.h"
 #include "threads.h"
 
 enum {
@@ -337,7 +338,7 @@ static void advance(float *to, int i, held m, const float *weights, long n, cons
     matrix a = dense((float *)(i ? signals : inputs) + t * left, left);
     matrix b = dense((float *)(i ? inputs : signals) + t * right, right);
     scale(dense(weighted, left), a, (column){weights + 3 + t, 1}, some, left);
-    product_onto(dense(to, right), kept, left, right, some, transposed(dense(weighted, left)), b, MINUS_ALL);
+    product_onto(NULL, dense(to, right), kept, left, right, some, transposed(dense(weighted, left)), b, MINUS_ALL);
   }
 }
 

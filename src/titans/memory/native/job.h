@@ -1,4 +1,4 @@
-/* What Python asks for: ``_Job`` of scan.py. */
+/* What Python asks for: ``Job`` of scan.py. */
 
 #pragma once
 
@@ -8,6 +8,7 @@ enum { MAPS = 4, GELU = 0, SILU = 1, RELU = 2 };
 
 typedef struct {
   int64_t depth, heads, chunks, size, widths[MAPS + 1], activation, norm, residual, online;
+  int64_t low; /* multiply bfloat16, where the processor does */
   double eps;
   const float *q, *k, *v, *gates;   /* [B, T, H, D], gates [B, T, H, 3] */
   const float *gain, *bias;         /* [G, D] or NULL */

@@ -4,6 +4,7 @@
 
 #include "job.h"
 #include "pointwise.h"
+#include "product.h"
 
 typedef struct {
   float *lr, *keep, *kept;                     /* [C]: theta, beta, m */
@@ -52,7 +53,8 @@ static void make_masks(masks *m, matrix gates, const job *j) {
   }
   decay(m->retention, m->keep, C);
   decay(m->momentum, m->kept, C);
-  lower_product(dense(m->both, C), C, C, dense(m->retention, C), dense(m->momentum, C));
+  matrix retention = dense(m->retention, C), momentum = dense(m->momentum, C);
+  product_of(LOWER, NULL, dense(m->both, C), (sum_of){0}, C, C, C, retention, momentum, PLUS_ALL);
   const float *last = m->both + (C - 1) * C, *last_momentum = m->momentum + (C - 1) * C;
   for (long t = 0; t < C; t++) {
     times(m->write + t * C, m->both + t * C, m->lr, C);
@@ -87,8 +89,8 @@ static void make_masks_backward(matrix ggates, masks *g, const masks *m, float *
   }
   gkept[C - 1] += g->transition[3];
   transpose(turned, dense(m->momentum, C), C, C);
-  product(dense(g->retention, C), C, C, C, dense(g->both, C), dense(turned, C), PLUS_ALL);
-  product(dense(g->momentum, C), C, C, C, transposed(dense(m->retention, C)), dense(g->both, C), PLUS_ALL);
+  product(NULL, dense(g->retention, C), C, C, C, dense(g->both, C), dense(turned, C), PLUS_ALL);
+  product(NULL, dense(g->momentum, C), C, C, C, transposed(dense(m->retention, C)), dense(g->both, C), PLUS_ALL);
   for (long t = 0; t < C; t++) {
     g->momentum[last + t] += g->to_state[2 * t + 1] * m->lr[t];
     for (long l = 0; l < C; l++) g->retention[t * C + l] += g->read[2 * t + 1] * m->kept[l];

@@ -1,4 +1,4 @@
-/* Products of small matrices, and what goes over their rows: float32, every size a multiple of 16. */
+/* Small matrices, and what goes over their rows: float32, every size a multiple of 16. */
 
 #pragma once
 
@@ -7,12 +7,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* A tile of a product stays in registers: DOWN rows of ACROSS vectors. */
 #ifdef __AVX512F__
-enum { LANES = 16, ACROSS = 4, DOWN = 6 };
+enum { LANES = 16 };
 #define NUMBERS {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
 #else
-enum { LANES = 8, ACROSS = 2, DOWN = 6 };
+enum { LANES = 8 };
 #define NUMBERS {0, 1, 2, 3, 4, 5, 6, 7}
 #endif
 
@@ -30,8 +29,6 @@ typedef struct { /* a number for every row */
   const float *at;
   long step;
 } column;
-
-enum { FULL, LOWER, UPPER }; /* LOWER: nothing right of the diagonal, UPPER: nothing left of it */
 
 static const float ONE = 1, MINUS = -1;
 static const column PLUS_ALL = {&ONE, 0}, MINUS_ALL = {&MINUS, 0};
@@ -52,83 +49,6 @@ INLINE float sum(vec x) {
   for (int half = LANES / 2; half; half /= 2) x += __builtin_shuffle(x, (ivec)NUMBERS ^ half);
 #endif
   return x[0];
-}
-
-typedef struct { /* what a product is added to: p P + q Q, both laid out like the result; NULL: nothing */
-  const float *P, *Q;
-  float p, q;
-} sum_of;
-
-INLINE void tile(const int down, const int across, long from, long depth, matrix a, const float *b, long b_row,
-                 float *c, long c_row, column scale, sum_of to, long place) {
-  vec acc[DOWN][ACROSS];
-  for (int i = 0; i < down; i++)
-    for (int j = 0; j < across; j++) acc[i][j] = (vec){0};
-  for (long l = from; l < depth; l++) {
-    vec row[ACROSS];
-    for (int j = 0; j < across; j++) row[j] = load(b + l * b_row + j * LANES);
-    for (int i = 0; i < down; i++) {
-      float x = a.at[i * a.row + l * a.column];
-      for (int j = 0; j < across; j++) acc[i][j] += x * row[j];
-    }
-  }
-  for (int i = 0; i < down; i++)
-    for (int j = 0; j < across; j++) {
-      long here = place + i * c_row + j * LANES;
-      vec x = acc[i][j] * scale.at[i * scale.step];
-      if (to.P) x += to.p * load(to.P + here);
-      if (to.Q) x += to.q * load(to.Q + here);
-      store(c + here, x);
-    }
-}
-
-INLINE void strip(const int across, long rows, long depth, matrix a, const float *b, long b_row, float *c, long c_row,
-                  column scale, sum_of to, long place, const int shape) {
-  long i = 0;
-#define TILE(down)                                                                                                  \
-  tile(down, across, shape == UPPER ? i : 0, shape == LOWER ? i + down : depth,                                     \
-       (matrix){a.at + i * a.row, a.row, a.column}, b, b_row, c, c_row,                                             \
-       (column){scale.at + i * scale.step, scale.step}, to, place + i * c_row)
-  for (; i + DOWN <= rows; i += DOWN) TILE(DOWN);
-  switch (rows - i) { /* rows are multiples of 16 */
-  case 4: TILE(4); break;
-  case 2: TILE(2); break;
-  }
-#undef TILE
-}
-
-/* c [m, n] = to + scale (a [m, l] b [l, n]), the scale by row; b's rows are contiguous; a may be triangular. */
-INLINE void product_of(const int shape, float *c, long c_row, sum_of to, long m, long n, long l, matrix a, matrix b,
-                       column scale) {
-  long j = 0;
-  for (; j + ACROSS * LANES <= n; j += ACROSS * LANES)
-    strip(ACROSS, m, l, a, b.at + j, b.row, c, c_row, scale, to, j, shape);
-  for (; j + 2 * LANES <= n; j += 2 * LANES) strip(2, m, l, a, b.at + j, b.row, c, c_row, scale, to, j, shape);
-  for (; j < n; j += LANES) strip(1, m, l, a, b.at + j, b.row, c, c_row, scale, to, j, shape);
-}
-
-static void product_onto(matrix c, sum_of to, long m, long n, long l, matrix a, matrix b, column scale) {
-  product_of(FULL, c.at, c.row, to, m, n, l, a, b, scale);
-}
-
-static void add_lower_product(matrix c, long m, long n, matrix a, matrix b, column scale) {
-  product_of(LOWER, c.at, c.row, (sum_of){c.at, NULL, 1, 0}, m, n, m, a, b, scale);
-}
-
-static void lower_product(matrix c, long m, long n, matrix a, matrix b) {
-  product_of(LOWER, c.at, c.row, (sum_of){0}, m, n, m, a, b, PLUS_ALL);
-}
-
-static void add_upper_product(matrix c, long m, long n, matrix a, matrix b, column scale) {
-  product_of(UPPER, c.at, c.row, (sum_of){c.at, NULL, 1, 0}, m, n, m, a, b, scale);
-}
-
-static void product(matrix c, long m, long n, long l, matrix a, matrix b, column scale) {
-  product_onto(c, (sum_of){0}, m, n, l, a, b, scale);
-}
-
-static void add_product(matrix c, long m, long n, long l, matrix a, matrix b, column scale) {
-  product_onto(c, (sum_of){c.at, NULL, 1, 0}, m, n, l, a, b, scale);
 }
 
 /* to [n, m] from [m, n] */

@@ -6,6 +6,7 @@
 #include "job.h"
 #include "masks.h"
 #include "pointwise.h"
+#include "product.h"
 #include "threads.h"
 
 typedef struct {
@@ -26,16 +27,17 @@ typedef struct {
 
 typedef struct {
   float *spare;                                      /* a record, where there is no tape, and the last maps */
-  float *base[MAPS], *gbase[MAPS], *base_turned[MAPS];
+  float *base[MAPS], *gbase[MAPS];
   float *x[MAPS], *d[MAPS], *h[MAPS];                /* x, h: from the second map on */
   float *slope[MAPS], *curvature[MAPS], *read_slope[MAPS];
   float *gw[MAPS], *gx[MAPS], *gd[MAPS], *gu[MAPS];
-  float *frozen[MAPS], *turned[MAPS], *other;        /* turned: transposed; other: any map */
+  float *frozen[MAPS], *other;                       /* other: any map */
   float *narrow, *one, *two, *gr[2], *minus;         /* rows of tokens */
   float *scores, *gscores;
   float *before, *gbefore, *met, *system;            /* online: read one token earlier; see settle */
   normed normed;
   masks masks, gmasks;
+  operands operands;
 } scratch;
 
 static float *take(float **at, long n) {
@@ -73,14 +75,16 @@ static long lay_scratch(const job *j, float *from, scratch *s) {
   for (int i = 0; i < j->depth; i++) {
     sizes m = sizes_of(j, i);
     wide = m.in > wide ? m.in : wide, map = m.map > map ? m.map : map;
-    s->base[i] = take(&at, m.map), s->gbase[i] = take(&at, m.map), s->base_turned[i] = take(&at, m.map);
-    s->frozen[i] = take(&at, m.map), s->turned[i] = take(&at, m.map), s->gw[i] = take(&at, 2 * m.map);
+    s->base[i] = take(&at, m.map), s->gbase[i] = take(&at, m.map);
+    s->frozen[i] = take(&at, m.map), s->gw[i] = take(&at, 2 * m.map);
     s->x[i] = take(&at, C * m.in), s->h[i] = take(&at, C * m.in), s->gx[i] = take(&at, C * m.in);
     s->d[i] = take(&at, C * m.out), s->gd[i] = take(&at, C * m.out), s->gu[i] = take(&at, C * m.out);
     s->slope[i] = take(&at, C * m.out), s->curvature[i] = take(&at, C * m.out), s->read_slope[i] = take(&at, C * m.out);
   }
   s->spare = take(&at, tape_size(j)), s->gr[0] = take(&at, C * wide), s->gr[1] = take(&at, C * wide);
-  s->other = take(&at, map > C * wide ? map : C * wide), s->narrow = take(&at, C * wide);
+  map = map > C * wide ? map : C * wide;
+  s->operands = (operands){take(&at, map), take(&at, map), j->low};
+  s->other = take(&at, map), s->narrow = take(&at, C * wide);
   s->one = take(&at, C * wide), s->two = take(&at, C * wide), s->minus = take(&at, 2 * C);
   s->scores = take(&at, C * C), s->gscores = take(&at, C * C);
   s->before = take(&at, 2 * C), s->gbefore = take(&at, 2 * C), s->met = take(&at, C * C), s->system = take(&at, C * C);
@@ -99,6 +103,7 @@ typedef struct {
 typedef struct {
   const job *j;
   scratch *s;
+  const operands *o;
   record now;
   inputs t, gt;
   affine a, ga;
@@ -125,7 +130,7 @@ static record record_of(const job *j, scratch *s, long g, long c) {
 /* Chunk n of memory g, its masks made. */
 static chunk chunk_of(const job *j, scratch *s, long g, long n) {
   long D = j->widths[0];
-  chunk c = {.j = j, .s = s, .now = record_of(j, s, g, n)};
+  chunk c = {.j = j, .s = s, .o = &s->operands, .now = record_of(j, s, g, n)};
   c.t = rows_of(j, g, n, j->q, j->k, j->v, j->out, j->gates);
   c.gt = rows_of(j, g, n, j->gq, j->gk, j->gv, j->gout, j->ggates);
   c.a = affine_of(j->gain, j->bias, g, D), c.ga = affine_of(j->ggain, j->gbias, g, D);
@@ -152,9 +157,9 @@ static matrix frozen(const chunk *c, int i) {
 static void meet(const chunk *c, int i, matrix h, const float *read, matrix r) {
   sizes m = sizes_of(c->j, i);
   long C = c->j->size;
-  product(r, C, m.out, m.in, h, dense(c->now.maps[i], m.out), first_of(read));
-  add_product(r, C, m.out, m.in, h, dense(c->now.maps[i] + m.map, m.out), second_of(read));
-  if (c->j->base[i]) add_product(r, C, m.out, m.in, h, dense(c->s->base[i], m.out), PLUS_ALL);
+  product(c->o, r, C, m.out, m.in, h, dense(c->now.maps[i], m.out), first_of(read));
+  add_product(c->o, r, C, m.out, m.in, h, dense(c->now.maps[i] + m.map, m.out), second_of(read));
+  if (c->j->base[i]) add_product(c->o, r, C, m.out, m.in, h, dense(c->s->base[i], m.out), PLUS_ALL);
 }
 
 /* An online memory's signals from those of a memory without the chunk's tokens (online.py): the keys meet it one token
@@ -162,8 +167,7 @@ static void meet(const chunk *c, int i, matrix h, const float *read, matrix r) {
 static void settle(const chunk *c) {
   scratch *s = c->s;
   long C = c->j->size, D = c->j->widths[0];
-  transpose(s->other, c->t.k, C, D);
-  product(dense(s->met, C), C, C, D, c->t.k, dense(s->other, C), PLUS_ALL);
+  product(c->o, dense(s->met, C), C, C, D, c->t.k, transposed(c->t.k), PLUS_ALL);
   for (long t = 0; t < C; t++) {
     float *row = s->system + t * C, *d = s->d[0] + t * D;
     for (long l = 0; l < t; l++) {
@@ -188,7 +192,7 @@ static void read_keys(const chunk *c) {
   for (int i = 0; i < L; i++) {
     sizes m = sizes_of(j, i);
     float *z = c->now.z[i];
-    product(dense(z, m.out), C, m.out, m.in, c->x[i], w[i] = frozen(c, i), PLUS_ALL);
+    product(c->o, dense(z, m.out), C, m.out, m.in, c->x[i], w[i] = frozen(c, i), PLUS_ALL);
     for (long l = 0; i < L - 1 && l < C * m.out; l += LANES) {
       point p = activate(j->activation, load(z + l));
       store(s->x[i + 1] + l, p.value);
@@ -198,8 +202,7 @@ static void read_keys(const chunk *c) {
   signal(s->d[L - 1], s->normed, c->now.z[L - 1], c->t.k, c->t.v, c->a, j);
   for (int i = L - 1; i > 0; i--) {
     sizes m = sizes_of(j, i);
-    transpose(s->other, w[i], m.in, m.out);
-    product(dense(c->now.u[i], m.in), C, m.in, m.out, c->d[i], dense(s->other, m.in), PLUS_ALL);
+    product(c->o, dense(c->now.u[i], m.in), C, m.in, m.out, c->d[i], transposed(w[i]), PLUS_ALL);
     times(s->d[i - 1], c->now.u[i], s->slope[i - 1], C * m.in);
   }
 }
@@ -212,10 +215,9 @@ static void read_queries(const chunk *c) {
     sizes m = sizes_of(j, i);
     matrix r = dense(c->now.r[i], m.out), h = c->h[i];
     meet(c, i, h, s->masks.read, r);
-    transpose(s->other, c->x[i], C, m.in);
-    product(dense(c->now.raw[i], C), C, C, m.in, h, dense(s->other, C), PLUS_ALL);
+    product(c->o, dense(c->now.raw[i], C), C, C, m.in, h, transposed(c->x[i]), PLUS_ALL);
     times(s->scores, c->now.raw[i], s->masks.write, C * C);
-    add_lower_product(r, C, m.out, dense(s->scores, C), c->d[i], MINUS_ALL);
+    add_lower_product(c->o, r, C, m.out, dense(s->scores, C), c->d[i], MINUS_ALL);
     for (long l = 0; i < L - 1 && l < C * m.out; l += LANES)
       store(s->h[i + 1] + l, activate(j->activation, load(r.at + l)).value);
   }
@@ -242,9 +244,9 @@ static void write_maps(const chunk *c, float *const *next) {
     float *w = c->now.maps[i], *momentum = w + m.map;
     sides p = weighted(c, c->x[i], c->d[i], first_of(to_state), m);
     matrix to = dense(next[i], m.out);
-    product_onto(to, (sum_of){w, momentum, T[0], T[1]}, m.in, m.out, c->j->size, p.left, p.right, MINUS_ALL);
+    product_onto(c->o, to, (sum_of){w, momentum, T[0], T[1]}, m.in, m.out, c->j->size, p.left, p.right, MINUS_ALL);
     p = weighted(c, c->x[i], c->d[i], second_of(to_state), m), to.at += m.map;
-    product_onto(to, (sum_of){momentum, NULL, T[3], 0}, m.in, m.out, c->j->size, p.left, p.right, MINUS_ALL);
+    product_onto(c->o, to, (sum_of){momentum, NULL, T[3], 0}, m.in, m.out, c->j->size, p.left, p.right, MINUS_ALL);
   }
 }
 
@@ -288,11 +290,10 @@ static void write_maps_backward(const chunk *c) {
     matrix x = left ? c->x[i] : c->d[i], d = left ? c->d[i] : c->x[i];
     matrix gx = dense(left ? s->gx[i] : s->gd[i], n), gd = dense(left ? s->gd[i] : s->gx[i], wide);
     for (int half = 0; half < 2; half++) {
-      matrix straight = dense(gw + half * m.map, m.out), turned = dense(s->other, m.in);
-      transpose(s->other, straight, m.in, m.out);
-      product(dense(half ? s->two : s->one, n), C, n, wide, d, left ? turned : straight, PLUS_ALL);
-      if (half) add_product(gd, C, wide, n, x, left ? straight : turned, second_of(s->minus));
-      else product(gd, C, wide, n, x, left ? straight : turned, first_of(s->minus));
+      matrix straight = dense(gw + half * m.map, m.out), turned = transposed(straight);
+      product(c->o, dense(half ? s->two : s->one, n), C, n, wide, d, left ? turned : straight, PLUS_ALL);
+      if (half) add_product(c->o, gd, C, wide, n, x, left ? straight : turned, second_of(s->minus));
+      else product(c->o, gd, C, wide, n, x, left ? straight : turned, first_of(s->minus));
     }
     add_weights_grad(gto_state, -1, s->one, s->two, x, C, n);
     mix(gx, s->one, s->two, s->minus, C, n);
@@ -300,7 +301,7 @@ static void write_maps_backward(const chunk *c) {
 }
 
 /* From the gradient of what meet gave: those of h, and, added, of the weights, the base, and map and momentum, which
-   the transition T carries to before the chunk. Leaves the map transposed. */
+   the transition T carries to before the chunk. */
 static void meet_backward(const chunk *c, int i, matrix h, const float *read, matrix gr, matrix gh, float *gread,
                           const float *T) {
   scratch *s = c->s;
@@ -308,19 +309,20 @@ static void meet_backward(const chunk *c, int i, matrix h, const float *read, ma
   long C = c->j->size;
   float *gw = s->gw[i], *gmomentum = gw + m.map;
   for (int half = 1; half >= 0; half--) {
-    transpose(s->turned[i], dense(c->now.maps[i] + half * m.map, m.out), m.in, m.out);
-    product(dense(half ? s->two : s->one, m.in), C, m.in, m.out, gr, dense(s->turned[i], m.in), PLUS_ALL);
+    matrix w = dense(c->now.maps[i] + half * m.map, m.out);
+    product(c->o, dense(half ? s->two : s->one, m.in), C, m.in, m.out, gr, transposed(w), PLUS_ALL);
   }
   add_weights_grad(gread, 1, s->one, s->two, h, C, m.in);
   mix(gh, s->one, s->two, read, C, m.in);
   if (c->j->base[i]) {
-    add_product(gh, C, m.in, m.out, gr, dense(s->base_turned[i], m.in), PLUS_ALL);
-    add_product(dense(s->gbase[i], m.out), m.in, m.out, C, transposed(h), gr, PLUS_ALL);
+    add_product(c->o, gh, C, m.in, m.out, gr, transposed(dense(s->base[i], m.out)), PLUS_ALL);
+    add_product(c->o, dense(s->gbase[i], m.out), m.in, m.out, C, transposed(h), gr, PLUS_ALL);
   }
   sides p = weighted(c, h, gr, second_of(read), m);
-  product_onto(dense(gmomentum, m.out), (sum_of){gw, gmomentum, T[1], T[3]}, m.in, m.out, C, p.left, p.right, PLUS_ALL);
+  sum_of to = {gw, gmomentum, T[1], T[3]};
+  product_onto(c->o, dense(gmomentum, m.out), to, m.in, m.out, C, p.left, p.right, PLUS_ALL);
   p = weighted(c, h, gr, first_of(read), m);
-  product_onto(dense(gw, m.out), (sum_of){gw, NULL, T[0], 0}, m.in, m.out, C, p.left, p.right, PLUS_ALL);
+  product_onto(c->o, dense(gw, m.out), (sum_of){gw, NULL, T[0], 0}, m.in, m.out, C, p.left, p.right, PLUS_ALL);
 }
 
 /* The queries, last map first; gradients of the maps before the chunk, what the keys give excepted. */
@@ -339,16 +341,15 @@ static void read_queries_backward(const chunk *c) {
     matrix h = c->h[i], gh = i ? dense(s->gr[i % 2], m.in) : c->gt.q, scores = dense(s->scores, C);
     matrix gscores = dense(s->gscores, C);
     meet_backward(c, i, h, s->masks.read, gr, gh, gread, s->masks.transition);
-    transpose(s->other, c->d[i], C, m.out);
-    product(gscores, C, C, m.out, gr, dense(s->other, C), MINUS_ALL);
+    product(c->o, gscores, C, C, m.out, gr, transposed(c->d[i]), MINUS_ALL);
     for (long l = 0; l < C * C; l++) {
       gwrite[l] += gscores.at[l] * c->now.raw[i][l];
       gscores.at[l] *= write[l];
       scores.at[l] = c->now.raw[i][l] * write[l];
     }
-    add_lower_product(gh, C, m.in, gscores, c->x[i], PLUS_ALL);
-    add_upper_product(dense(s->gx[i], m.in), C, m.in, transposed(gscores), h, PLUS_ALL);
-    add_upper_product(dense(s->gd[i], m.out), C, m.out, transposed(scores), gr, MINUS_ALL);
+    add_lower_product(c->o, gh, C, m.in, gscores, c->x[i], PLUS_ALL);
+    add_upper_product(c->o, dense(s->gx[i], m.in), C, m.in, transposed(gscores), h, PLUS_ALL);
+    add_upper_product(c->o, dense(s->gd[i], m.out), C, m.out, transposed(scores), gr, MINUS_ALL);
     if (i) times(gh.at, gh.at, s->read_slope[i - 1], C * m.in);
     gr = gh;
   }
@@ -363,7 +364,7 @@ static void read_keys_backward(const chunk *c) {
   for (int i = 1; i < L; i++) {
     sizes m = sizes_of(j, i);
     times(s->gu[i - 1], s->gd[i - 1], s->slope[i - 1], C * m.in);
-    add_product(dense(s->gd[i], m.out), C, m.out, m.in, dense(s->gu[i - 1], m.in), frozen(c, i), PLUS_ALL);
+    add_product(c->o, dense(s->gd[i], m.out), C, m.out, m.in, dense(s->gu[i - 1], m.in), frozen(c, i), PLUS_ALL);
   }
   matrix gz = dense(s->one, j->widths[L]);
   signal_backward(gz.at, s->gx[0], c->gt.v, c->ga, s->gd[L - 1], s->d[L - 1], s->normed, c->a, j);
@@ -371,14 +372,13 @@ static void read_keys_backward(const chunk *c) {
     sizes m = sizes_of(j, i);
     matrix gw = dense(j->base[i] ? s->other : s->gw[i], m.out), gx = dense(s->gx[i], m.in);
     sum_of to = j->base[i] ? (sum_of){0} : (sum_of){gw.at, NULL, 1, 0};
-    product_onto(gw, to, m.in, m.out, C, transposed(c->x[i]), gz, PLUS_ALL);
-    if (i) add_product(gw, m.in, m.out, C, transposed(dense(s->gu[i - 1], m.in)), c->d[i], PLUS_ALL);
-    if (j->base[i]) { /* the gradient is twice wanted, and the frozen map is not the one held */
+    product_onto(c->o, gw, to, m.in, m.out, C, transposed(c->x[i]), gz, PLUS_ALL);
+    if (i) add_product(c->o, gw, m.in, m.out, C, transposed(dense(s->gu[i - 1], m.in)), c->d[i], PLUS_ALL);
+    if (j->base[i]) { /* the gradient is twice wanted */
       plus(s->gw[i], s->gw[i], gw.at, m.map);
       plus(s->gbase[i], s->gbase[i], gw.at, m.map);
-      plus(s->turned[i], s->turned[i], s->base_turned[i], m.map);
     }
-    add_product(gx, C, m.in, m.out, gz, dense(s->turned[i], m.in), PLUS_ALL);
+    add_product(c->o, gx, C, m.in, m.out, gz, transposed(frozen(c, i)), PLUS_ALL);
     if (!i) break;
     gz = dense(gz.at == s->one ? s->two : s->one, m.in);
     for (long l = 0; l < C * m.in; l++)
@@ -395,8 +395,7 @@ static void read_keys_online_backward(const chunk *c) {
   for (long t = C - 1; t > 0; t--) /* the system, transposed */
     for (long l = 0; l < t; l++)
       for (long i = 0; i < D; i += LANES) add(gd + l * D + i, -s->system[t * C + l] * load(gd + t * D + i));
-  transpose(s->other, c->d[0], C, D);
-  product(gmet, C, C, D, dense(gd, D), dense(s->other, C), MINUS_ALL);
+  product(c->o, gmet, C, C, D, dense(gd, D), transposed(c->d[0]), MINUS_ALL);
   signal_backward(gz.at, gk.at, c->gt.v, c->ga, gd, s->d[0], s->normed, c->a, c->j);
   for (long t = 0; t < C; t++) {
     float *row = gmet.at + t * C;
@@ -407,8 +406,8 @@ static void read_keys_online_backward(const chunk *c) {
     }
     memset(row + t, 0, (C - t) * sizeof(float));
   }
-  add_lower_product(gk, C, D, gmet, c->t.k, PLUS_ALL);
-  add_upper_product(gk, C, D, transposed(gmet), c->t.k, PLUS_ALL);
+  add_lower_product(c->o, gk, C, D, gmet, c->t.k, PLUS_ALL);
+  add_upper_product(c->o, gk, C, D, transposed(gmet), c->t.k, PLUS_ALL);
   memset(s->gbefore, 0, 2 * C * sizeof(float));
   meet_backward(c, 0, c->t.k, s->before, gz, dense(s->gr[0], D), s->gbefore, SAME);
   add_rows(gk, dense(s->gr[0], D), C, D);
@@ -451,7 +450,6 @@ static void backward_memory(const job *j, scratch *s, long g) {
     turn(j, i, s->gw[i], j->gend[i] + g * 2 * m.map, 2, 0);
     if (!j->base[i]) continue;
     turn(j, i, s->base[i], j->base[i] + g * m.map, 1, 0);
-    transpose(s->base_turned[i], dense(s->base[i], m.out), m.in, m.out);
     memset(s->gbase[i], 0, m.map * sizeof(float));
   }
   for (long n = j->chunks - 1; n >= 0; n--) {

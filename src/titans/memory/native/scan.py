@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Job(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("depth", "heads", "chunks", "size")),
         ("widths", ctypes.c_int64 * (MAPS + 1)),
-        *((name, ctypes.c_int64) for name in ("activation", "norm", "residual", "online")),
+        *((name, ctypes.c_int64) for name in ("activation", "norm", "residual", "online", "low")),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in INPUTS),
         *((name, ctypes.c_void_p * MAPS) for name in ("base", "start", "end")),
@@ -53,17 +54,18 @@ def scan(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, maps: Tensors, base: Tensors, affine, network: MemoryMLP,
     chunk_size: int,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """See ``titans.memory.scan.scan``; all products are of float32, whatever q, k and v are."""
-    wide = (t.float() for t in (q, k, v))
-    out, *end = _Scan.apply(network, chunk_size, *wide, gates, *(affine or (None, None)), *base, *maps)  # type: ignore[misc]
+    """See ``titans.memory.scan.scan``; products are of float32 but for bfloat16, where the processor multiplies it."""
+    wide, low = (t.float() for t in (q, k, v)), q.dtype == torch.bfloat16
+    out, *end = _Scan.apply(network, chunk_size, low, *wide, gates, *(affine or (None, None)), *base, *maps)  # type: ignore[misc]
     return out.to(q.dtype), end
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, network: MemoryMLP, chunk_size: int, *given):  # type: ignore[override]
+    def forward(ctx, network: MemoryMLP, chunk_size: int, low: bool, *given):  # type: ignore[override]
         tensors: list[Any] = [None if t is None else t.contiguous() for t in given]
-        job, maps = _job(network, chunk_size, tensors), tensors[-network.depth :]
+        ctx.job = partial(_job, network, chunk_size, low)
+        job, maps = ctx.job(tensors), tensors[-network.depth :]
         out, end, tape = torch.empty_like(tensors[0]), [torch.empty_like(m) for m in maps], None
         if any(ctx.needs_input_grad):
             tape_size = library(SOURCE).tape_size
@@ -72,7 +74,6 @@ class _Scan(torch.autograd.Function):
             job.tape = tape.data_ptr()
         job.out, job.end = out.data_ptr(), places(end)
         job.run("forward", len(maps[0]))
-        ctx.network, ctx.chunk_size = network, chunk_size
         ctx.save_for_backward(tape, *tensors)
         return (out, *end)
 
@@ -80,7 +81,7 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gout, *gend):  # type: ignore[override]
         tape, *tensors = ctx.saved_tensors
-        job, (gout, *gend) = _job(ctx.network, ctx.chunk_size, tensors), [g.contiguous() for g in (gout, *gend)]
+        job, (gout, *gend) = ctx.job(tensors), [g.contiguous() for g in (gout, *gend)]
         grads = [None if t is None else torch.empty_like(t) for t in tensors]
         for g in grads[AFFINE]:
             if g is not None:
@@ -88,19 +89,20 @@ class _Scan(torch.autograd.Function):
         job.tape, job.gout, job.gend = tape.data_ptr(), gout.data_ptr(), places(gend)
         job.place(grads, "g")
         job.run("backward", len(gend[0]))
-        return None, None, *grads
+        return None, None, None, *grads
 
 
 def job_of(network: MemoryMLP, heads: int, dim: int, chunks: int, size: int) -> Job:
     """What is said of ``heads`` memories a row and of their chunks, in numbers; no places."""
     widths = (ctypes.c_int64 * (MAPS + 1))(dim, *(width for _, width in network.shapes(dim)))
     options = ACTIVATIONS.index(network.activation), network.norm, network.residual, network.online
-    return Job(network.depth, heads, chunks, size, widths, *options, network.norm_eps)
+    return Job(network.depth, heads, chunks, size, widths, *options, False, network.norm_eps)
 
 
-def _job(network: MemoryMLP, chunk_size: int, tensors: Sequence[Any]) -> Job:
+def _job(network: MemoryMLP, chunk_size: int, low: bool, tensors: Sequence[Any]) -> Job:
     _, T, H, D = tensors[0].shape
     job = job_of(network, H, D, T // chunk_size, chunk_size)
+    job.low = low
     job.place(tensors)
     return job
 
