@@ -1,6 +1,8 @@
 """Rows of different lengths: align them to the left, cut them where chunks or segments end, put them together again."""
 
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,6 +175,18 @@ class Cut:
         return out
 
 
+in_first_pass = ContextVar("in_first_pass", default=False)  # whether what is kept for the backward is thrown away
+
+
+@contextmanager
+def _first_pass():
+    token = in_first_pass.set(True)
+    try:
+        yield
+    finally:
+        in_first_pass.reset(token)
+
+
 def in_pieces(
     step: Callable[..., tuple[Tensor, Any]], inputs: Sequence[Tensor | None], state: Any, chunk_size: int
 ) -> tuple[Tensor, Any]:
@@ -189,9 +203,12 @@ def in_pieces(
     if length <= tokens * (1 + torch.is_grad_enabled()):
         return step(*inputs, state)
     cut = [[None] * -(-length // size) if x is None else x.split(size, 1) for x in inputs]
+    again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if not torch.compiler.is_compiling():
+        again["context_fn"] = lambda: (_first_pass(), nullcontext())
     for piece in zip(*cut, strict=True):
         if torch.is_grad_enabled():
-            out, state = checkpoint(step, *piece, state, use_reentrant=False, preserve_rng_state=False)  # type: ignore[misc]
+            out, state = checkpoint(step, *piece, state, **again)  # type: ignore[misc]
         else:
             out, state = step(*piece, state)
         outs.append(out)

@@ -13,6 +13,7 @@ from titans.memory.native import SOURCE
 from titans.memory.native.build import library
 from titans.memory.native.pages import room
 from titans.memory.network import MemoryMLP
+from titans.memory.pieces import in_first_pass
 
 Tensors = Sequence[Tensor]
 MAPS = 4
@@ -71,7 +72,7 @@ class _Scan(torch.autograd.Function):
             tape_size = library(SOURCE).tape_size
             tape_size.restype = ctypes.c_int64
             tape = room(len(maps[0]) * job.chunks * tape_size(ctypes.byref(job)))
-            job.tape = tape.data_ptr()
+            job.tape = None if in_first_pass.get() else tape.data_ptr()
         job.out, job.end = out.data_ptr(), places(end)
         job.run("forward", len(maps[0]))
         ctx.save_for_backward(tape, *tensors)
