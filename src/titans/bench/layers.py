@@ -74,8 +74,7 @@ def check_memory(case: Case, network: Any, backend: str, forget: str = "zero") -
         return [((g - e).norm() / e.norm().clamp_min(1e-12)).item() for g, e in zip(got, exact, strict=True)]
 
     exact, dtype = results("reference"), getattr(torch, case.dtype) if fused else torch.float64
-    plain = "chunked" if backend == "triton" else "reference"
-    bounds = [1e-5 + 2 * e for e in errors(results(plain, dtype))] if fused else [1e-9] * len(exact)
+    bounds = [1e-5 + 2 * e for e in errors(results("chunked", dtype))] if fused else [1e-9] * len(exact)
     for error, bound in zip(errors(results(backend, dtype)), bounds, strict=True):
         if not error < bound:
             raise AssertionError(f"the memory differs from its reference by {error:.1e}; no speed is reported for it")
