@@ -114,7 +114,7 @@ def groups(
     task: str, subjects: list[str] | None, lengths: list[int], threads: list[int], dtypes: list[str],
     passes: list[str] | None, device: str, sizes: dict[str, Any], against: str | None,
 ) -> list[list[Case]]:  # fmt: skip
-    """Every combination, the subjects of each together.
+    """Every combination, the subjects of each together; of `decode`, whose speed should not know it, every length, too.
 
     Raises:
         ValueError: a task, subject, pass, dtype or size that is unknown.
@@ -129,9 +129,10 @@ def groups(
     _known("sizes", sizes, DEFAULT_SIZES[task])
     sizes = DEFAULT_SIZES[task] | sizes
     revisions = [None] if against is None else [None, against]
+    together = [lengths] if task == "decode" else [[length] for length in lengths]
     return [
-        [Case(task, s, p, n, t, d, device, sizes, r) for s in subjects for r in revisions]
-        for n, t, d, p in itertools.product(lengths, threads, dtypes, passes)
+        [Case(task, s, p, n, t, d, device, sizes, r) for n in some for s in subjects for r in revisions]
+        for some, t, d, p in itertools.product(together, threads, dtypes, passes)
     ]
 
 
