@@ -37,12 +37,12 @@ INLINE __m512i both(const float *first, const float *second) {
 static void pack(float *to, matrix from, long l, long n) {
   static const uint16_t NUMBER[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  __m512i numbers = _mm512_loadu_si512(NUMBER), low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((void *)NUMBER));
-  __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  __m512i halves = _mm512_loadu_si512(NUMBER), front = _mm512_cvtepu16_epi32(_mm256_loadu_si256((void *)NUMBER));
+  __m512i back = _mm512_add_epi32(front, _mm512_set1_epi32(8));
   for (long t = 0; from.column == 1 && t < l; t += 2)
     for (long j = 0; j < n; j += 16) {
       const float *at = from.at + t * from.row + j;
-      store(to + t / 2 * n + j, (vec)_mm512_permutexvar_epi16(numbers, both(at, at + from.row)));
+      store(to + t / 2 * n + j, (vec)_mm512_permutexvar_epi16(halves, both(at, at + from.row)));
     }
   for (long t = 0; from.column != 1 && t < l; t += 16)
     for (long j = 0; j < n; j += 16) {
@@ -53,8 +53,8 @@ static void pack(float *to, matrix from, long l, long n) {
       }
       for (int step = 0; step < 4; step++) { /* the bits of (i, lane) turn by one place; by four: turned */
         for (int i = 0; i < 4; i++) {
-          next[2 * i] = _mm512_permutex2var_epi32(word[i], low, word[i + 4]);
-          next[2 * i + 1] = _mm512_permutex2var_epi32(word[i], high, word[i + 4]);
+          next[2 * i] = _mm512_permutex2var_epi32(word[i], front, word[i + 4]);
+          next[2 * i + 1] = _mm512_permutex2var_epi32(word[i], back, word[i + 4]);
         }
         memcpy(word, next, sizeof word);
       }
