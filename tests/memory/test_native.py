@@ -152,10 +152,18 @@ def test_without_gradients_the_same_numbers(runs):
 
 
 def test_pieces_of_a_long_call(monkeypatch, runs):
-    """Every piece is worked out again for its backward."""
+    """Every piece is worked out again for its backward, and only then keeps what that needs."""
     monkeypatch.setattr(pieces, "PIECE", C)
+    kept, run = [], native.Job.run
+
+    def spy(job, step, memories):
+        kept.append(bool(job.tape))
+        run(job, step, memories)
+
+    monkeypatch.setattr(native.Job, "run", spy)
     assert_near(small(T=3 * C, forget="start"))
     assert runs == ["forward"] * 3 + ["forward", "backward"] * 3
+    assert kept == [False] * 3 + [True] * 6
 
 
 def test_two_backward_passes_agree():

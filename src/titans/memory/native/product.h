@@ -25,7 +25,7 @@ typedef struct { /* room for operands laid out anew, each as large as the larges
 
 enum { LOW = 1 };
 
-INLINE vec add_product_of(const int low, vec sum, float x, vec y) {
+INLINE vec multiply_add(const int low, vec sum, float x, vec y) {
   return low ? (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(x), (__m512bh)y) : sum + x * y;
 }
 
@@ -64,7 +64,7 @@ static void pack(float *to, matrix from, long l, long n) {
 #else
 enum { LOW = 0 };
 
-INLINE vec add_product_of(const int low, vec sum, float x, vec y) { return sum + x * y; }
+INLINE vec multiply_add(const int low, vec sum, float x, vec y) { return sum + x * y; }
 static void pack(float *to, matrix from, long l, long n) {}
 #endif
 
@@ -80,7 +80,7 @@ INLINE void tile(const int low, const int down, const int across, long from, lon
     for (int j = 0; j < across; j++) row[j] = load(b.at + l * b.row + j * LANES);
     for (int i = 0; i < down; i++) {
       float x = a.at[i * a.row + l * a.column];
-      for (int j = 0; j < across; j++) acc[i][j] = add_product_of(low, acc[i][j], x, row[j]);
+      for (int j = 0; j < across; j++) acc[i][j] = multiply_add(low, acc[i][j], x, row[j]);
     }
   }
   for (int i = 0; i < down; i++)
