@@ -59,11 +59,12 @@ def test_rows_of_a_run(tmp_path):
 
 
 def test_what_takes_turns():
-    """A length at a time, but all of decode's."""
+    """A length at a time, but all of them where nothing should depend on it."""
     together = [[case.length for case in group] for group in plan(subjects=["titans"], lengths=[8, 24])]
     assert together == [[8], [8], [24], [24]]
-    (decode,) = plan("decode", subjects=["mac", "lmm"], lengths=[8, 24], sizes=TINY_MODEL)
-    assert [(case.length, case.subject) for case in decode] == [(8, "mac"), (8, "lmm"), (24, "mac"), (24, "lmm")]
+    for task in ("decode", "stream"):
+        (group,) = plan(task, subjects=["mac", "lmm"], lengths=[8, 24], sizes=TINY_MODEL)
+        assert [(case.length, case.subject) for case in group] == [(8, "mac"), (8, "lmm"), (24, "mac"), (24, "lmm")]
 
 
 ELSEWHERE = ("titans-pytorch", "gated_delta_rule", "titans-triton")  # not installed with the tests, or for GPUs

@@ -32,7 +32,7 @@ TASKS: dict[str, tuple[str, dict[str, str]]] = {
         | {"titans-pytorch": "titans.bench.models:decode_titans_pytorch"},
     ),
     "stream": (
-        "a long sequence read piece by piece, 65,536 tokens a round",
+        "a long sequence read on after `length` tokens, 65,536 a round",
         dict.fromkeys(("mac", "mag", "mal", "lmm", "mamba2"), "titans.bench.models:stream"),
     ),
 }
@@ -114,7 +114,7 @@ def groups(
     task: str, subjects: list[str] | None, lengths: list[int], threads: list[int], dtypes: list[str],
     passes: list[str] | None, device: str, sizes: dict[str, Any], against: str | None,
 ) -> list[list[Case]]:  # fmt: skip
-    """Every combination, the subjects of each together; of `decode`, whose speed should not know it, every length, too.
+    """Every combination, the subjects of each together; lengths, too, where speed should not depend on them.
 
     Raises:
         ValueError: a task, subject, pass, dtype or size that is unknown.
@@ -129,7 +129,7 @@ def groups(
     _known("sizes", sizes, DEFAULT_SIZES[task])
     sizes = DEFAULT_SIZES[task] | sizes
     revisions = [None] if against is None else [None, against]
-    together = [lengths] if task == "decode" else [[length] for length in lengths]
+    together = [lengths] if task in ("decode", "stream") else [[length] for length in lengths]
     return [
         [Case(task, s, p, n, t, d, device, sizes, r) for n in some for s in subjects for r in revisions]
         for some, t, d, p in itertools.product(together, threads, dtypes, passes)

@@ -12,7 +12,7 @@ EXAMPLES = """examples:
   titans bench memory --against HEAD~1                this code and another commit's
   titans bench train --subjects "[mag,mac,llama]" --lengths "[1024,4096,16384]"
   titans bench decode --subjects "[mac,titans-pytorch]" --lengths "[16]"
-  titans bench stream --subjects "[mac]" --rounds 32   2M tokens, 65,536 a round
+  titans bench stream --subjects "[mac]" --lengths "[65536,2000000]"   as fast after 2M tokens as after 65,536?
   titans bench --experiment benchmarks/depth.yaml      training steps of an experiment's models
   titans bench --suite gpu --output gpu.json           all that a GPU is to be asked
 """
