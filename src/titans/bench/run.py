@@ -159,10 +159,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for key in dict.fromkeys(tuple(row[k] for k in keys) for row in done):
         mine = [row for row in done if tuple(row[k] for k in keys) == key]
         if stream:
-            read = [
-                (row, row["length"] + (i + 1) * row["tokens"], s) for row in mine for i, s in enumerate(row["seconds"])
+            points = [
+                (row["length"] + (i + 1) * row["tokens"], row["tokens"] / seconds)
+                for row in mine
+                for i, seconds in enumerate(row["seconds"])
             ]
-            points = [(tokens, row["tokens"] / s) for row, tokens, s in read]
         else:
             points = [(row["length"], row["tokens_per_second"]) for row in mine]
             axes.set_xscale("log", base=2)
