@@ -93,7 +93,7 @@ INLINE void tile(const int low, const int down, const int across, long from, lon
     }
 }
 
-INLINE void strip(const int low, const int shape, const int across, long rows, long depth, matrix a, matrix b,
+INLINE void strip(const int low, int shape, const int across, long rows, long depth, matrix a, matrix b,
                   matrix c, column scale, sum_of to, long place) {
   long i = 0;
 #define TILE(down)                                                                                                  \
@@ -108,7 +108,7 @@ INLINE void strip(const int low, const int shape, const int across, long rows, l
 #undef TILE
 }
 
-INLINE void strips(const int low, const int shape, const operands *o, matrix c, sum_of to, long m, long n, long l,
+INLINE void strips(const int low, int shape, const operands *o, matrix c, sum_of to, long m, long n, long l,
                    matrix a, matrix b, column scale) {
   long j = 0;
 #define STRIPS(across)                                                                                              \
@@ -124,9 +124,10 @@ INLINE void strips(const int low, const int shape, const operands *o, matrix c, 
 }
 
 /* c [m, n] = to + scale (a [m, l] b [l, n]), the scale by row; c's rows are contiguous, a may be triangular. Of b rows
-   or columns are contiguous, of a, too, where bfloat16 is multiplied; o may be NULL where it is not and b's rows are. */
-INLINE void product_of(const int shape, const operands *o, matrix c, sum_of to, long m, long n, long l, matrix a,
-                       matrix b, column scale) {
+   or columns are contiguous, of a, too, where bfloat16 is multiplied; o may be NULL where it is not and b's rows are. Compiled once: copies for
+   constant arguments, which the compiler likes to make, are no faster. */
+static __attribute__((noipa)) void product_of(int shape, const operands *o, matrix c, sum_of to, long m, long n,
+                                              long l, matrix a, matrix b, column scale) {
   if (LOW && o && o->low) {
     pack(o->left, transposed(a), l, m);
     strips(LOW, shape, o, c, to, m, n, l, (matrix){o->left, 1, m}, b, scale);
