@@ -124,8 +124,8 @@ INLINE void strips(const int low, int shape, const operands *o, matrix c, sum_of
 }
 
 /* c [m, n] = to + scale (a [m, l] b [l, n]), the scale by row; c's rows are contiguous, a may be triangular. Of b rows
-   or columns are contiguous, of a, too, where bfloat16 is multiplied; o may be NULL where it is not and b's rows are. Compiled once: copies for
-   constant arguments, which the compiler likes to make, are no faster. */
+   or columns are contiguous, of a, too, where bfloat16 is multiplied; o may be NULL where it is not and b's rows are.
+   Compiled once: copies for constant arguments, which compilers like to make, are no faster. */
 static __attribute__((noipa)) void product_of(int shape, const operands *o, matrix c, sum_of to, long m, long n,
                                               long l, matrix a, matrix b, column scale) {
   if (LOW && o && o->low) {
