@@ -361,10 +361,12 @@ static void read_keys_backward(const chunk *c) {
   const job *j = c->j;
   scratch *s = c->s;
   long C = j->size, L = j->depth;
+  matrix w[MAPS];
+  for (int i = 0; i < L; i++) w[i] = frozen(c, i);
   for (int i = 1; i < L; i++) {
     sizes m = sizes_of(j, i);
     times(s->gu[i - 1], s->gd[i - 1], s->slope[i - 1], C * m.in);
-    add_product(c->o, dense(s->gd[i], m.out), C, m.out, m.in, dense(s->gu[i - 1], m.in), frozen(c, i), PLUS_ALL);
+    add_product(c->o, dense(s->gd[i], m.out), C, m.out, m.in, dense(s->gu[i - 1], m.in), w[i], PLUS_ALL);
   }
   matrix gz = dense(s->one, j->widths[L]);
   signal_backward(gz.at, s->gx[0], c->gt.v, c->ga, s->gd[L - 1], s->d[L - 1], s->normed, c->a, j);
@@ -378,7 +380,7 @@ static void read_keys_backward(const chunk *c) {
       plus(s->gw[i], s->gw[i], gw.at, m.map);
       plus(s->gbase[i], s->gbase[i], gw.at, m.map);
     }
-    add_product(c->o, gx, C, m.in, m.out, gz, transposed(frozen(c, i)), PLUS_ALL);
+    add_product(c->o, gx, C, m.in, m.out, gz, transposed(w[i]), PLUS_ALL);
     if (!i) break;
     gz = dense(gz.at == s->one ? s->two : s->one, m.in);
     for (long l = 0; l < C * m.in; l++)
