@@ -132,15 +132,14 @@ def test_shared_keys_are_equal_keys():
 
 
 def test_values_stand_beside_what_is_read():
-    """Before its norm, what is read is the memory's answer and ``skip`` times the token's value."""
+    """What is normalised is the memory's answer and ``skip`` times the token's value."""
     layer, x = build("memory"), tokens()
-    both, state = layer.write(x, layer.initial_state(2), None)
-    *_, v = layer.by_head(F.silu(layer.conv(layer.qkv_proj(x), layer.conv.initial_state(2), None)[0]))
-    values = layer.skip * v
-    with torch.no_grad():
-        layer.skip.zero_()
-    reads, same = layer.write(x, layer.initial_state(2), None)
-    assert_equal(both, reads + values)
-    assert_equal(state.tensors(), same.tensors())
+    (reads, v), state = layer.write(x, layer.initial_state(2), None)
+    assert_equal(v, layer.by_head(layer.qkv_proj(x), layer.gates_proj(x), layer.conv.initial_state(2), None)[2])
+    y, end = layer(x)
+    assert_equal(y, layer.out_proj(layer.out_norm(reads + layer.skip * v).flatten(-2) * F.silu(layer.out_gate(x))))
+    assert_equal(end.tensors(), state.tensors())
     layer.skip = None
-    assert_equal(layer.write(x, layer.initial_state(2), None)[0], reads)
+    y, end = layer(x)
+    assert_equal(y, layer.out_proj(layer.out_norm(reads).flatten(-2) * F.silu(layer.out_gate(x))))
+    assert_equal(end.tensors(), state.tensors())

@@ -4,13 +4,10 @@ from itertools import product
 
 import pytest
 import torch
-import torch.nn.functional as F
 from layer_cases import CASES, DIM, LAYERS, SIZES, build, run, tokens
-from tolerances import LOW_PRECISION, assert_equal
 from torch.utils.flop_counter import FlopCounterMode
 
 from titans.layers import MAC, MAG, MAL, NeuralMemory
-from titans.layers.common import ShortConvolution, _Correlation
 from titans.memory import MemoryMLP, pieces
 
 NETWORKS = {
@@ -32,41 +29,6 @@ def test_every_parameter_gets_a_gradient(name, size, gate):
     missing = [n for n, p in layer.named_parameters() if p.grad is None or not p.grad.any()]
     assert not missing
     assert all(p.grad.isfinite().all() for p in layer.parameters())
-
-
-@pytest.mark.parametrize(("size", "ragged"), [(1, False), (4, False), (4, True), (5, True)])
-def test_short_convolution(size, ragged):
-    """Outputs, state and gradients against the definition, a sum over taps, wherever backward is called."""
-    layer, T = ShortConvolution(6, size).double(), 9
-    x, state = torch.randn(2, T, 6).double(), torch.randn(2, size - 1, 6).double()
-    lengths = torch.tensor([T, 4]) if ragged else None
-    inputs = [t.requires_grad_() for t in (x, state, layer.weight)]
-    y, end = layer(x, state, lengths)
-    before = torch.cat([state, x], 1)
-    expected = sum(before[:, tap : tap + T] * layer.weight[tap] for tap in range(size))
-    ends = [T, T] if lengths is None else lengths.tolist()
-    last = torch.stack([row[n : n + size - 1] for row, n in zip(before, ends, strict=True)])
-    assert_equal((y, end), (expected, last))
-    with torch.autocast("cpu", torch.bfloat16):
-        got = torch.autograd.grad(y.sin().sum() + end.sin().sum(), inputs)
-    assert_equal(got, torch.autograd.grad(expected.sin().sum() + last.sin().sum(), inputs))
-
-
-def test_short_convolution_in_bfloat16():
-    """Errs at most twice as much as PyTorch's own backward."""
-    layer, x = ShortConvolution(32, 4), torch.randn(2, 40, 32)
-    weight, grad = layer.weight.detach(), torch.randn(2, 40, 32).bfloat16()
-
-    def grads(convolve, dtype):
-        inputs = [t.detach().to(dtype).requires_grad_() for t in (x, weight)]
-        return torch.autograd.grad(convolve(F.pad(inputs[0], (0, 0, 3, 0)), inputs[1]), inputs, grad.to(dtype))
-
-    def plain(x, weight):
-        return F.conv1d(x.mT, weight.t().unsqueeze(1), groups=32).mT
-
-    exact, low = grads(plain, torch.float64), torch.bfloat16
-    for x, theirs, ours in zip(exact, grads(plain, low), grads(_Correlation.apply, low), strict=True):
-        assert (ours - x).norm() <= LOW_PRECISION * (theirs - x).norm()
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -223,9 +185,8 @@ def test_without_momentum_and_forgetting_it_is_gradient_descent(gate, dtype):
     _, state, info = layer(x, return_info=True)
     assert not info["momentum"].any()
     assert not info["forget"].any()
-    _, k, v = (
-        t[0, :, 0] for t in layer.by_head(F.silu(layer.conv(layer.qkv_proj(x), layer.conv.initial_state(1), None)[0]))
-    )
+    gates = None if gate == "write" else layer.gates_proj(x)
+    k, v = (t[0, :, 0] for t in layer.by_head(layer.qkv_proj(x), gates, layer.conv.initial_state(1), None)[1:3])
     w = layer.start()[0][0]
     for t in range(40):
         w = w + info["lr"][0, t, 0] * torch.outer(k[t], 2 * (v[t] - k[t] @ w))

@@ -32,7 +32,7 @@ def require_finite(x: Tensor, mask: Tensor | None) -> None:
 
 
 class ShortConvolution(nn.Module):
-    """Causal depthwise convolution [B, T, channels] -> same, with its last inputs as state."""
+    """Weight and state, its last inputs, of a causal depthwise convolution; ``heads.convolve`` is the convolution."""
 
     def __init__(self, channels: int, size: int):
         super().__init__()
@@ -46,42 +46,13 @@ class ShortConvolution(nn.Module):
         """Zeros [batch, size - 1, channels]: nothing came before."""
         return self.weight.new_zeros(batch, self.size - 1, self.channels)
 
-    def forward(self, x: Tensor, state: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Output and new state; rows are left-aligned, ``lengths`` [B] of them real (None: all)."""
-        T, tail = x.shape[1], self.size - 1
-        padded = torch.cat([state.to(x.dtype), x], 1)
-        if T > 1:
-            y = _Correlation.apply(padded, self.weight.to(x.dtype))
-        else:  # less than a convolution's own start
-            y = (padded * self.weight).sum(1, keepdim=True).to(x.dtype) if T else x
+    def after(self, x: Tensor, state: Tensor, lengths: Tensor | None) -> Tensor:
+        """The state behind x [B, T, channels], rows left-aligned, ``lengths`` [B] of them real (None: all)."""
+        tail, state = self.size - 1, state.to(x.dtype)
         if lengths is None:
-            return y, padded[:, T:].clone()  # a view would keep all of it
-        last = lengths.unsqueeze(1) + torch.arange(tail, device=x.device)
-        return y, take(padded, last)
-
-
-def _correlate(x: Tensor, weight: Tensor) -> Tensor:
-    """x [B, T + size - 1, channels] with weight [size, channels] -> [B, T, channels]."""
-    kernel = weight.t().view(weight.shape[1], 1, 1, len(weight))
-    with torch.autocast(x.device.type, enabled=False):  # wherever backward is called
-        # over [B, channels, 1, T], channels last: nothing is moved
-        return F.conv2d(x.mT.unsqueeze(2), kernel, groups=weight.shape[1]).squeeze(2).mT
-
-
-class _Correlation(torch.autograd.Function):
-    """``_correlate``; its backward, of the same and of sums, takes a fraction of the time of PyTorch's own."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x, weight)
-        return _correlate(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        size, T = len(weight), grad.shape[1]
-        taps = [(x[:, tap : tap + T] * grad).sum((0, 1)) for tap in range(size)]
-        return _correlate(F.pad(grad, (0, 0, size - 1, size - 1)), weight.flip(0)), torch.stack(taps)
+            recent = torch.cat([state, x[:, max(x.shape[1] - tail, 0) :]], 1)
+            return recent[:, recent.shape[1] - tail :].clone()  # no view of more than it holds
+        return take(torch.cat([state, x], 1), lengths.unsqueeze(1) + torch.arange(tail, device=x.device))
 
 
 class FeedForward(nn.Module):

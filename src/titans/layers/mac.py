@@ -80,5 +80,6 @@ class MAC(Block):
                 )
                 held = piece.where_closed(torch.zeros_like(held), held)
         y = cut.join(ys, x)
-        out = self.gate(y, self.memory.output(cut.join(reads, tokens[1]), y))  # eq. 25
+        read, values = (cut.join([pair[i] for pair in reads], tokens[1]) for i in (0, 1))
+        out = self.gate(y, self.memory.output((read, values), y))  # eq. 25
         return out, MACState(memory, maps, held)

@@ -7,12 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans.layers.common import ShortConvolution, require_finite
+from titans.layers.heads import convolve, gate_reads, unit
 from titans.memory import MemoryMLP, MemoryState, current_maps, neural_memory
 from titans.memory.pieces import align, check_mask, in_pieces, take
 
 GATES = ("sigmoid", "write")
 FORGET = ("start", "zero", "none")
 STABLE_SHARES = (1, 1, 0.25, 0.125)  # depth 1 to 4
+Reads = tuple[Tensor, Tensor]  # what was read, and the tokens' own values, both [B, T, heads, head_dim]
 NEVER = -1e3  # the logarithm of a gate that is shut: its exponential is 0 in any precision
 
 
@@ -201,7 +203,7 @@ class NeuralMemory(nn.Module):
         seen: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, MemoryState]:  # fmt: skip
         reads, state = self._write(qkv, gates, mask, state, seen)
-        return self.gated(reads, out_gate), state
+        return self.gated(*reads, out_gate), state
 
     def _write(
         self,
@@ -211,15 +213,14 @@ class NeuralMemory(nn.Module):
         state: MemoryState,
         seen: dict[str, Tensor] | None = None,
         chunk_size: int | None = None,
-    ) -> tuple[Tensor, MemoryState]:
-        """Writes and reads, rows left-aligned: [B, T, heads, head_dim]; fills ``seen`` if it is given.
+    ) -> tuple[Reads, MemoryState]:
+        """Writes and reads, rows left-aligned; fills ``seen`` if it is given.
 
         ``chunk_size``: another than the layer's, of any size, in plain PyTorch.
         """
-        qkv, conv = self.conv(qkv, state.conv, None if mask is None else mask.sum(1))
-        qkv = F.silu(qkv)
-        q, k, v = self.by_head(qkv)
-        lr, log_momentum, log_retention = self.gate_values(self.gates_proj(qkv) if gates is None else gates)
+        lengths = None if mask is None else mask.sum(1)
+        q, k, v, gates, conv = self.by_head(qkv, gates, state.conv, lengths)  # type: ignore[arg-type]
+        lr, log_momentum, log_retention = self.gate_values(gates)
         if mask is not None:
             v = v.masked_fill(~mask[..., None, None], 0)
         reads, state, *info = neural_memory(
@@ -231,29 +232,38 @@ class NeuralMemory(nn.Module):
         if seen is not None:
             seen |= {"lr": lr, "momentum": log_momentum.exp(), "forget": -torch.expm1(log_retention)}
             seen |= info[0]._asdict()
-        return reads if self.skip is None else reads + self.skip * v, replace(state, conv=conv)
+        return (reads, v), replace(state, conv=conv)
 
-    def by_head(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q and k, on the unit sphere, and v, [B, T, heads, head_dim], from what ``qkv_proj`` gave."""
-        qk, v = qkv.unflatten(-1, (-1, self.head_dim)).split((2 * self.key_heads, self.heads), -2)
-        q, k = _unit(qk).chunk(2, -2)
-        return self._shared(q), self._shared(k), v
+    def by_head(
+        self, qkv: Tensor, gates: Tensor | None, conv: Tensor, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q and k, on the unit sphere, and v [B, T, heads, head_dim], pre-activations of the gates, the new ``conv``.
+
+        Args:
+            qkv: what ``qkv_proj`` gave.
+            gates: pre-activations of gates that see the token alone, else None.
+            conv: the convolution's state; lengths: as in ``ShortConvolution.after``.
+        """
+        heads = self.key_heads, self.key_heads, self.heads
+        q, k, v, *whole = convolve(qkv, conv, self.conv.weight, heads, gates is None, self.backend)
+        z = self.gates_proj(*whole) if gates is None else gates
+        return self._shared(q), self._shared(k), v, z, self.conv.after(qkv, conv, lengths)
 
     def _shared(self, x: Tensor) -> Tensor:
         """[..., key_heads, head_dim] -> [..., heads, head_dim]."""
         return x if self.key_heads == self.heads else x.repeat_interleave(self.heads // self.key_heads, -2)
 
-    def write(self, x: Tensor, state: MemoryState, mask: Tensor | None) -> tuple[Tensor, MemoryState]:
-        """``forward`` without its last part, ``output``: what was read, [B, T, heads, head_dim]; x left-aligned."""
+    def write(self, x: Tensor, state: MemoryState, mask: Tensor | None) -> tuple[Reads, MemoryState]:
+        """``forward`` without its last part, ``output``; x left-aligned."""
         return self._write(self.qkv_proj(x), self._token_gates(x), mask, state)
 
     def _token_gates(self, x: Tensor) -> Tensor | None:
         """Pre-activations of gates that see the token alone; None for those that see what the convolution gives."""
         return self.gates_proj(x) if self.gate == "sigmoid" else None
 
-    def output(self, reads: Tensor, x: Tensor) -> Tensor:
-        """Norm, gate and projection of what was read at the tokens x: [B, T, dim]."""
-        return self.out_proj(self.gated(reads, self.out_gate(x)))
+    def output(self, reads: Reads, x: Tensor) -> Tensor:
+        """Norm, gate and projection of what ``write`` read at the tokens x: [B, T, dim]."""
+        return self.out_proj(self.gated(*reads, self.out_gate(x)))
 
     def queries(self, x: Tensor) -> Tensor:
         """What ``recall`` asks for the tokens x [B, T, dim]: no convolution, its window is the write's."""
@@ -266,7 +276,7 @@ class NeuralMemory(nn.Module):
 
     def as_queries(self, projected: Tensor) -> Tensor:
         """Queries [B, T, heads, head_dim] from their projection [B, T, key_heads * head_dim]."""
-        return self._shared(_unit(F.silu(projected).unflatten(-1, (self.key_heads, self.head_dim))))
+        return self._shared(unit(F.silu(projected).unflatten(-1, (self.key_heads, self.head_dim))))
 
     def recall(self, queries: Tensor, out_gate: Tensor, maps: tuple[Tensor, ...]) -> Tensor:
         """Asks a memory that stands still: M*(x W_Q), eq. 21, as ``out_proj`` takes it; nothing is written.
@@ -277,7 +287,7 @@ class NeuralMemory(nn.Module):
         """
         affine = [a.to(queries.dtype) for a in self.weights[self.network.depth :]]
         y = self.network.apply((*(w.to(queries.dtype) for w in maps), *affine), queries.transpose(1, 2))
-        return self.gated(y.transpose(1, 2), out_gate)
+        return self.gated(y.transpose(1, 2), None, out_gate)
 
     def gate_values(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """theta, log eta and log(1 - alpha) from what ``gates_proj`` gave."""
@@ -293,16 +303,13 @@ class NeuralMemory(nn.Module):
             log_retention = torch.log1p(-alpha)
         return self.max_lr * lr, log_momentum, torch.zeros_like(forget) if self.forget == "none" else log_retention
 
-    def gated(self, reads: Tensor, out_gate: Tensor) -> Tensor:
-        """What was read [B, T, heads, head_dim], normalised and gated, as ``out_proj`` takes it."""
-        return self.out_norm(reads).flatten(-2) * F.silu(out_gate)
+    def gated(self, reads: Tensor, values: Tensor | None, out_gate: Tensor) -> Tensor:
+        """What was read [B, T, heads, head_dim], ``skip`` of the values beside it, as ``out_proj`` takes it."""
+        values = None if self.skip is None else values
+        norm = self.out_norm
+        return gate_reads(reads, values, self.skip, norm.weight, out_gate, norm.eps, self.backend)
 
 
 def writes(z: Tensor) -> Tensor:
     """The write gate g [..., heads] of what ``gates_proj`` gave; exactly 0 below -3, exactly 1 above 3."""
     return F.hardsigmoid(z[..., : z.shape[-1] // 3])
-
-
-def _unit(x: Tensor) -> Tensor:
-    """x [..., D] on the unit sphere."""
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=x.dtype).clamp_min(1e-6)

@@ -147,12 +147,10 @@ class Operations:
         skip = None if memory.skip is None else memory.skip.to(dtype).repeat(B, 1).unsqueeze(1)
 
         def run(qkv: Tensor, out_gate: Tensor, token_gates: Tensor | None = None) -> Tensor:
-            qkv, stepper.conv = memory.conv(qkv.unsqueeze(1), stepper.conv, None)
-            qkv = F.silu(qkv)
-            q, k, v = (t.reshape(rows) for t in memory.by_head(qkv.to(dtype)))
-            z = memory.gates_proj(qkv).squeeze(1) if token_gates is None else token_gates + bias
-            gates = torch.stack(memory.gate_values(z)).view(3, -1, 1, 1)
-            reads = stepper(q, k, v, gates)
+            seen = None if token_gates is None else (token_gates + bias).unsqueeze(1)
+            *qkv_, z, stepper.conv = memory.by_head(qkv.unsqueeze(1), seen, stepper.conv, None)  # type: ignore[arg-type]
+            q, k, v = (t.to(dtype).reshape(rows) for t in qkv_)
+            reads = stepper(q, k, v, torch.stack(memory.gate_values(z)).view(3, -1, 1, 1))
             return self._gated(memory, reads if skip is None else torch.addcmul(reads, skip, v), out_gate)
 
         return run
@@ -175,7 +173,8 @@ class Operations:
                 held.copy_(now)
 
     def _gated(self, memory: NeuralMemory, reads: Tensor, out_gate: Tensor) -> Tensor:
-        return memory.gated(reads.view(self.stepper.shape[0], memory.heads, -1).to(out_gate.dtype), out_gate)
+        reads = reads.view(self.stepper.shape[0], 1, memory.heads, -1).to(out_gate.dtype)
+        return memory.gated(reads, None, out_gate.unsqueeze(1)).squeeze(1)
 
 
 def _found(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -1,19 +1,21 @@
-"""Single tokens through a block on a CPU, in C (``token.c``), compiled where it is first taken."""
+"""What layers do on a CPU in C, compiled where it is first taken: single tokens through a block (``token.c``)."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from titans.layers.block import Block
-from titans.layers.neural_memory import NeuralMemory
 from titans.memory import MemoryState
 from titans.memory.native import MULTIPLE, unbuilt
+
+if TYPE_CHECKING:
+    from titans.layers.block import Block
+    from titans.layers.neural_memory import NeuralMemory
 
 SOURCE = Path(__file__).with_name("token.c")
 
 
-def supported(block: Block, state: MemoryState) -> bool:
+def supported(block: "Block", state: MemoryState) -> bool:
     """Whether the C code takes the block from ``state`` on: float32 on a CPU, widths that are multiples of 16."""
     memory: NeuralMemory = block.memory  # type: ignore[assignment]
     attention: Any = getattr(block, "attention", None)

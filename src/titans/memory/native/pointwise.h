@@ -63,17 +63,18 @@ static float normalise(float *unit, const float *x, const job *j) {
   return 1;
 }
 
-/* J g of that */
-static void norm_slope(float *to, const float *g, const float *unit, float rstd, const job *j) {
-  long D = j->widths[0];
+/* J g of ``standardise`` */
+static void standardise_slope(float *to, const float *g, const float *unit, float rstd, long D) {
   vec total = {0}, along = {0};
-  if (!j->norm) {
-    memcpy(to, g, D * sizeof(float));
-    return;
-  }
   for (long i = 0; i < D; i += LANES) total += load(g + i), along += load(g + i) * load(unit + i);
   float mean = sum(total) / D, share = sum(along) / D;
   for (long i = 0; i < D; i += LANES) store(to + i, rstd * (load(g + i) - mean - share * load(unit + i)));
+}
+
+/* J g of ``normalise`` */
+static void norm_slope(float *to, const float *g, const float *unit, float rstd, const job *j) {
+  if (j->norm) standardise_slope(to, g, unit, rstd, j->widths[0]);
+  else memcpy(to, g, j->widths[0] * sizeof(float));
 }
 
 /* What is learned of the norm: of a memory, one row. */
