@@ -27,5 +27,8 @@ for network in (MemoryMLP(1), MemoryMLP(1, norm=False, online=True), MemoryMLP(2
     depth = network.depth
     q, k, v = (torch.zeros(1, C, 1, D, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
     maps = [torch.zeros(1, 2, D, D * depth) for _ in range(depth)]
-    base, affine = [m[:, 0] for m in maps], (torch.ones(1, 1, D), torch.zeros(1, 1, D)) if network.norm else None
+    base, affine = (
+        [m[:, 0].mT if i else m[:, 0] for i, m in enumerate(maps)],
+        (torch.ones(1, 1, D), torch.zeros(1, 1, D)) if network.norm else None,
+    )
     scan.scan(q, k, v, torch.zeros(1, C, 1, 3), maps, base, affine, network, C)[0].sum().backward()

@@ -64,6 +64,7 @@ class MAC(Block):
         """Segment by segment; ``mask`` [B, T] of left-aligned rows, None where every token is real."""
         lengths = None if mask is None else mask.sum(1)
         memory, maps, held, ys, reads = state.memory, state.maps, state.held, [], []
+        start = self.memory.start()
         # what does not wait for the memory of the segment before, for all segments at once
         tokens = x, self.memory.queries(x), self.memory.out_gate(x), *self.attention.project_at(x, memory.position)
         persistent = () if self.persistent is None else self.attention.persistent(self.persistent, len(x))
@@ -72,12 +73,11 @@ class MAC(Block):
             h = self.memory.out_proj(self.memory.recall(q, gate, maps))  # eq. 21
             found, held = self.attention(qkv, h, held, piece, persistent)
             ys.append(s + found)  # eqs. 22, 23
-            read, memory = self.memory.write(ys[-1], memory, prefix_mask(s, piece.valid))  # eq. 24
+            read, memory = self.memory.write(ys[-1], memory, prefix_mask(s, piece.valid), start)  # eq. 24
             reads.append(read)
             if piece.closes is not False:
-                maps = tuple(
-                    piece.where_closed(n, o) for n, o in zip(self.memory.current_maps(memory), maps, strict=True)
-                )
+                now = self.memory.current_maps(memory, start)
+                maps = tuple(piece.where_closed(n, o) for n, o in zip(now, maps, strict=True))
                 held = piece.where_closed(torch.zeros_like(held), held)
         y = cut.join(ys, x)
         read, values = (cut.join([pair[i] for pair in reads], tokens[1]) for i in (0, 1))

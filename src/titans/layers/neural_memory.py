@@ -1,5 +1,6 @@
 """The neural memory as a layer: projections, short convolution, gates, memory, output norm and gate."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -134,12 +135,12 @@ class NeuralMemory(nn.Module):
         """M_0: the linear maps [heads, d_in, d_out], then gain and bias [heads, head_dim] if there is a norm."""
         return tuple(w if unit == 1 else w * unit for w, unit in zip(self.weights, self.units, strict=True))
 
-    def current_maps(self, state: MemoryState) -> list[Tensor]:
-        """The memory's linear maps [B, heads, d_in, d_out] after the last token."""
-        return current_maps(state, self._first_maps() if self.forget == "start" else ())
+    def current_maps(self, state: MemoryState, start: Sequence[Tensor] = ()) -> list[Tensor]:
+        """The memory's linear maps [B, heads, d_in, d_out] after the last token; ``start`` as in ``write``."""
+        return current_maps(state, self._first_maps(start) if self.forget == "start" else ())
 
-    def _first_maps(self) -> list[Tensor]:
-        return [w if w.dtype == torch.float64 else w.float() for w in self.start()[: self.network.depth]]
+    def _first_maps(self, start: Sequence[Tensor] = ()) -> list[Tensor]:
+        return [w if w.dtype == torch.float64 else w.float() for w in (start or self.start())[: self.network.depth]]
 
     def initial_state(self, batch: int) -> MemoryState:
         """The state before the first token of ``batch`` sequences."""
@@ -213,10 +214,11 @@ class NeuralMemory(nn.Module):
         state: MemoryState,
         seen: dict[str, Tensor] | None = None,
         chunk_size: int | None = None,
+        start: Sequence[Tensor] = (),
     ) -> tuple[Reads, MemoryState]:
         """Writes and reads, rows left-aligned; fills ``seen`` if it is given.
 
-        ``chunk_size``: another than the layer's, of any size, in plain PyTorch.
+        ``chunk_size``: another than the layer's, of any size, in plain PyTorch. ``start`` as in ``write``.
         """
         lengths = None if mask is None else mask.sum(1)
         q, k, v, gates, conv = self.by_head(qkv, gates, state.conv, lengths)  # type: ignore[arg-type]
@@ -224,7 +226,7 @@ class NeuralMemory(nn.Module):
         if mask is not None:
             v = v.masked_fill(~mask[..., None, None], 0)
         reads, state, *info = neural_memory(
-            q, k, v, lr, log_momentum, log_retention, self.start(), network=self.network,
+            q, k, v, lr, log_momentum, log_retention, start or self.start(), network=self.network,
             chunk_size=chunk_size or self.chunk_size, state=state, mask=mask,
             forget="start" if self.forget == "start" else "zero",
             backend="chunked" if chunk_size else self.backend, return_info=seen is not None,
@@ -253,9 +255,11 @@ class NeuralMemory(nn.Module):
         """[..., key_heads, head_dim] -> [..., heads, head_dim]."""
         return x if self.key_heads == self.heads else x.repeat_interleave(self.heads // self.key_heads, -2)
 
-    def write(self, x: Tensor, state: MemoryState, mask: Tensor | None) -> tuple[Reads, MemoryState]:
-        """``forward`` without its last part, ``output``; x left-aligned."""
-        return self._write(self.qkv_proj(x), self._token_gates(x), mask, state)
+    def write(
+        self, x: Tensor, state: MemoryState, mask: Tensor | None, start: Sequence[Tensor] = ()
+    ) -> tuple[Reads, MemoryState]:
+        """``forward`` without its last part, ``output``; x left-aligned; ``start``: ``self.start()``, made before."""
+        return self._write(self.qkv_proj(x), self._token_gates(x), mask, state, start=start)
 
     def _token_gates(self, x: Tensor) -> Tensor | None:
         """Pre-activations of gates that see the token alone; None for those that see what the convolution gives."""

@@ -10,7 +10,7 @@ from titans.memory.activations import at_least_float32
 from titans.memory.gates import ChunkMasks, chunk_masks, narrow, widen
 from titans.memory.network import MemoryMLP, safe_sqrt
 from titans.memory.pieces import Cut
-from titans.memory.scan import advance_all, weights_of
+from titans.memory.scan import advance_all, as_held, weights_of
 from titans.memory.state import MemoryState
 
 Tensors = Sequence[Tensor]
@@ -45,7 +45,6 @@ def chunked(
     held: Sequence[Tensor | None] = start  # the open chunk; None stands for zeros
     nothing, same = torch.zeros_like(pending), torch.eye(2, dtype=gates.dtype, device=q.device).expand(B * H, 2, 2)
     transition = state.since_start().flatten(0, 1)
-    base = [(w.mT if i else w).repeat(B, 1, 1) for i, w in enumerate(base)]
     norm = (affine[0].repeat(B, 1).unsqueeze(1), affine[1].repeat(B, 1).unsqueeze(1)) if affine else None
 
     outs, surprises, losses = [], [], []
@@ -56,14 +55,14 @@ def chunked(
             outs.append(out)
             held, pending, transition = [None for _ in held], nothing, same
             continue
-        piece = piece.repeat(H)
+        piece, held_base = piece.repeat(H), as_held(base, B)
         q_, k_, v_, gates_ = (t.transpose(1, 2).flatten(0, 1) for t in (q_, k_, v_, gates_))
         masks = chunk_masks(piece.blank(gates_), piece.last)
         if network.online:
             open_chunk = [torch.zeros_like(s) if h is None else h for h, s in zip(held, start, strict=True)]
-            x, d, error = _trace_online(network, maps, base, *open_chunk, pending, transition, masks, k_, v_)
+            x, d, error = _trace_online(network, maps, held_base, *open_chunk, pending, transition, masks, k_, v_)
         else:
-            x, d, error = network.trace(weights_of(maps, base, dtype), norm, k_, v_)
+            x, d, error = network.trace(weights_of(maps, held_base, dtype), norm, k_, v_)
         if info:
             surprises.append(_surprise(x, d, error.dtype))
             losses.append(error.square().sum(-1))
@@ -71,7 +70,7 @@ def chunked(
         x, d = filled[:L], filled[L:]
         # tokens before this piece: their gradients fade with the memory and the momentum that hold them
         write = piece.place(masks.write.mT, pending @ masks.read.mT, C).mT
-        out = network.forward(q_, _reader(maps, base, x, d, write, masks.read @ transition), norm)
+        out = network.forward(q_, _reader(maps, held_base, x, d, write, masks.read @ transition), norm)
         outs.append(out.unflatten(0, (B, H)).transpose(1, 2))
         pending = piece.where_read(piece.place(masks.to_state, pending @ masks.transition.mT, C), pending)
         transition = piece.where_read(masks.transition @ transition, transition)
@@ -81,7 +80,9 @@ def chunked(
             pending, transition = piece.where_closed(nothing, pending), piece.where_closed(same, transition)
         held = [None if piece.closes is True else piece.where_closed(torch.zeros_like(f), f) for f in filled]
 
-    ends = [torch.zeros_like(s) if h is None else h.to(s.dtype) for h, s in zip(held, start, strict=True)]
+    empty = isinstance(state.place, int) and state.place % C == 0  # then the open chunk that came is zeros, too
+    zeros = [s.detach() if empty else torch.zeros_like(s) for s in start]
+    ends = [z if h is None else h.to(z.dtype) for h, z in zip(held, zeros, strict=True)]
     maps, ends = (tuple(t.unflatten(0, (B, H)) for t in ts) for ts in (maps, ends))
     pending, transition = pending.unflatten(0, (B, H)), transition.unflatten(0, (B, H))
     place = state.after(T if lengths is None else lengths)

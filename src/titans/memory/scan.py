@@ -31,7 +31,7 @@ def scan(
     Args:
         q, k, v: [B, n * chunk_size, H, D]; gates: [B, n * chunk_size, H, 3].
         maps: as held (see above), at the first chunk's start; affine: gain and bias [G, 1, D] or None.
-        base: what the memory is held relative to, [G, ...] as one half of ``maps``; () for nothing.
+        base: linear maps [H, d_in, d_out] that the memory is held relative to; () for nothing.
 
     Returns:
         out [B, n * chunk_size, H, D], and the maps at the end.
@@ -39,7 +39,7 @@ def scan(
     q_, k_, v_, g_ = (  # [n, G, C, ...]
         t.unflatten(1, (-1, chunk_size)).permute(1, 0, 3, 2, 4).flatten(1, 2) for t in (q, k, v, gates)
     )
-    masks = chunk_masks(g_)
+    masks, base = chunk_masks(g_), as_held(base, q.shape[0])
     # What the first map needs does not wait for the memory: all chunks at once, and autograd's business.
     scores = (q_ @ k_.mT * masks.write).to(q.dtype)
     base_q = torch.einsum("ngcd,gdh->ngch", q_, base[0].to(q.dtype)) if base else None
@@ -54,6 +54,11 @@ def scan(
     out, *end = _Scan.apply(network, *first, offset, *masks, *before, gain, *base, *maps)  # type: ignore[misc]
     out = network.finish(q_, out, affine).unflatten(1, (q.shape[0], -1))
     return out.permute(1, 0, 3, 2, 4).flatten(1, 2), end
+
+
+def as_held(base: Tensors, batch: int) -> list[Tensor]:
+    """Linear maps [H, d_in, d_out] as one half of what is held, [G, ...]."""
+    return [(w.mT if i else w).repeat(batch, 1, 1) for i, w in enumerate(base)]
 
 
 def weights_of(maps: Tensors, base: Tensors, dtype: torch.dtype) -> list[Tensor]:

@@ -14,6 +14,7 @@ from titans.memory import online
 from titans.memory.gates import chunk_masks
 from titans.memory.kernels import one_map, two_maps
 from titans.memory.network import MemoryMLP
+from titans.memory.scan import as_held
 
 Tensors = Sequence[Tensor]
 FIXED = 8  # inputs of every kernel, up to gain
@@ -26,7 +27,7 @@ def scan(
     chunk_size: int,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """See ``titans.memory.scan.scan``; queries and keys stay as they lie, masks are [G, n, C, ...]."""
-    B, _, H, D = q.shape
+    (B, _, H, D), base = q.shape, as_held(base, q.shape[0])
     masks = chunk_masks(gates.unflatten(1, (-1, chunk_size)).permute(0, 3, 1, 2, 4).flatten(0, 1))
     by_head: Any = affine and [a.view(B, H, 1, D).transpose(1, 2) for a in affine]
     offset, gain = network.offset(k, v, by_head), affine[0] if affine else torch.ones_like(maps[0][:, 0, :1, :D])

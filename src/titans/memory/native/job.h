@@ -12,7 +12,7 @@ typedef struct {
   double eps;
   const float *q, *k, *v, *gates;   /* [B, T, H, D], gates [B, T, H, 3] */
   const float *gain, *bias;         /* [G, D] or NULL */
-  const float *base[MAPS];          /* as held, one half; or NULL */
+  const float *base[MAPS];          /* [H, in, out] or NULL; gbase [G, in, out] */
   const float *start[MAPS];         /* as held: [G, 2, in, out], from the second on [G, 2, out, in] */
   float *end[MAPS], *out, *tape;    /* tape [G, n, tape_size] or NULL */
   const float *gout, *gend[MAPS];

@@ -27,7 +27,6 @@ typedef struct {
 
 typedef struct {
   float *spare;                                      /* a record, where there is no tape, and the last maps */
-  float *base[MAPS], *gbase[MAPS];
   float *x[MAPS], *d[MAPS], *h[MAPS];                /* x, h: from the second map on */
   float *slope[MAPS], *curvature[MAPS], *read_slope[MAPS];
   float *gw[MAPS], *gx[MAPS], *gd[MAPS], *gu[MAPS];
@@ -75,7 +74,6 @@ static long lay_scratch(const job *j, float *from, scratch *s) {
   for (int i = 0; i < j->depth; i++) {
     sizes m = sizes_of(j, i);
     wide = m.in > wide ? m.in : wide, map = m.map > map ? m.map : map;
-    s->base[i] = take(&at, m.map), s->gbase[i] = take(&at, m.map);
     s->frozen[i] = take(&at, m.map), s->gw[i] = take(&at, 2 * m.map);
     s->x[i] = take(&at, C * m.in), s->h[i] = take(&at, C * m.in), s->gx[i] = take(&at, C * m.in);
     s->d[i] = take(&at, C * m.out), s->gd[i] = take(&at, C * m.out), s->gu[i] = take(&at, C * m.out);
@@ -105,6 +103,8 @@ typedef struct {
   scratch *s;
   const operands *o;
   record now;
+  const float *base[MAPS];
+  float *gbase[MAPS];
   inputs t, gt;
   affine a, ga;
   matrix x[MAPS], d[MAPS], h[MAPS];
@@ -138,6 +138,7 @@ static chunk chunk_of(const job *j, scratch *s, long g, long n) {
     sizes m = sizes_of(j, i);
     c.x[i] = i ? dense(s->x[i], m.in) : c.t.k, c.h[i] = i ? dense(s->h[i], m.in) : c.t.q;
     c.d[i] = dense(s->d[i], m.out);
+    if (j->base[i]) c.base[i] = j->base[i] + g % j->heads * m.map, c.gbase[i] = j->gbase[i] + g * m.map;
   }
   make_masks(&s->masks, c.t.gates, j);
   s->before[0] = 1, s->before[1] = 0;
@@ -148,8 +149,8 @@ static chunk chunk_of(const job *j, scratch *s, long g, long n) {
 /* The map at which a chunk's gradients are taken. */
 static matrix frozen(const chunk *c, int i) {
   sizes m = sizes_of(c->j, i);
-  if (!c->j->base[i]) return dense(c->now.maps[i], m.out);
-  plus(c->s->frozen[i], c->now.maps[i], c->s->base[i], m.map);
+  if (!c->base[i]) return dense(c->now.maps[i], m.out);
+  plus(c->s->frozen[i], c->now.maps[i], c->base[i], m.map);
   return dense(c->s->frozen[i], m.out);
 }
 
@@ -159,7 +160,7 @@ static void meet(const chunk *c, int i, matrix h, const float *read, matrix r) {
   long C = c->j->size;
   product(c->o, r, C, m.out, m.in, h, dense(c->now.maps[i], m.out), first_of(read));
   add_product(c->o, r, C, m.out, m.in, h, dense(c->now.maps[i] + m.map, m.out), second_of(read));
-  if (c->j->base[i]) add_product(c->o, r, C, m.out, m.in, h, dense(c->s->base[i], m.out), PLUS_ALL);
+  if (c->base[i]) add_product(c->o, r, C, m.out, m.in, h, dense((float *)c->base[i], m.out), PLUS_ALL);
 }
 
 /* An online memory's signals from those of a memory without the chunk's tokens (online.py): the keys meet it one token
@@ -314,9 +315,9 @@ static void meet_backward(const chunk *c, int i, matrix h, const float *read, ma
   }
   add_weights_grad(gread, 1, s->one, s->two, h, C, m.in);
   mix(gh, s->one, s->two, read, C, m.in);
-  if (c->j->base[i]) {
-    add_product(c->o, gh, C, m.in, m.out, gr, transposed(dense(s->base[i], m.out)), PLUS_ALL);
-    add_product(c->o, dense(s->gbase[i], m.out), m.in, m.out, C, transposed(h), gr, PLUS_ALL);
+  if (c->base[i]) {
+    add_product(c->o, gh, C, m.in, m.out, gr, transposed(dense((float *)c->base[i], m.out)), PLUS_ALL);
+    add_product(c->o, dense(c->gbase[i], m.out), m.in, m.out, C, transposed(h), gr, PLUS_ALL);
   }
   sides p = weighted(c, h, gr, second_of(read), m);
   sum_of to = {gw, gmomentum, T[1], T[3]};
@@ -372,13 +373,13 @@ static void read_keys_backward(const chunk *c) {
   signal_backward(gz.at, s->gx[0], c->gt.v, c->ga, s->gd[L - 1], s->d[L - 1], s->normed, c->a, j);
   for (int i = L - 1; i >= 0; i--) {
     sizes m = sizes_of(j, i);
-    matrix gw = dense(j->base[i] ? s->other : s->gw[i], m.out), gx = dense(s->gx[i], m.in);
-    sum_of to = j->base[i] ? (sum_of){0} : (sum_of){gw.at, NULL, 1, 0};
+    matrix gw = dense(c->base[i] ? s->other : s->gw[i], m.out), gx = dense(s->gx[i], m.in);
+    sum_of to = c->base[i] ? (sum_of){0} : (sum_of){gw.at, NULL, 1, 0};
     product_onto(c->o, gw, to, m.in, m.out, C, transposed(c->x[i]), gz, PLUS_ALL);
     if (i) add_product(c->o, gw, m.in, m.out, C, transposed(dense(s->gu[i - 1], m.in)), c->d[i], PLUS_ALL);
-    if (j->base[i]) { /* the gradient is twice wanted */
+    if (c->base[i]) { /* the gradient is twice wanted */
       plus(s->gw[i], s->gw[i], gw.at, m.map);
-      plus(s->gbase[i], s->gbase[i], gw.at, m.map);
+      plus(c->gbase[i], c->gbase[i], gw.at, m.map);
     }
     add_product(c->o, gx, C, m.in, m.out, gz, transposed(w[i]), PLUS_ALL);
     if (!i) break;
@@ -418,10 +419,10 @@ static void read_keys_online_backward(const chunk *c) {
 
 /* ---- all chunks of a memory ---- */
 
-/* A map as held to [in, out] or back, alone or with its momentum: all but the first are held the other way round. */
-static void turn(const job *j, int i, float *to, const float *from, int halves, int back) {
+/* A map and its momentum as held to [in, out] or back: all but the first are held the other way round. */
+static void turn(const job *j, int i, float *to, const float *from, int back) {
   sizes m = sizes_of(j, i);
-  for (int half = 0; half < halves; half++, to += m.map, from += m.map)
+  for (int half = 0; half < 2; half++, to += m.map, from += m.map)
     if (!i) memcpy(to, from, m.map * sizeof(float));
     else if (back) transpose(to, dense((float *)from, m.out), m.in, m.out);
     else transpose(to, dense((float *)from, m.in), m.out, m.in);
@@ -429,11 +430,8 @@ static void turn(const job *j, int i, float *to, const float *from, int halves, 
 
 static void forward_memory(const job *j, scratch *s, long g) {
   record first = record_of(j, s, g, 0), last = record_of(j, s, g, j->chunks);
-  for (int i = 0; i < j->depth; i++) {
-    long map = sizes_of(j, i).map;
-    turn(j, i, first.maps[i], j->start[i] + g * 2 * map, 2, 0);
-    if (j->base[i]) turn(j, i, s->base[i], j->base[i] + g * map, 1, 0);
-  }
+  for (int i = 0; i < j->depth; i++)
+    turn(j, i, first.maps[i], j->start[i] + g * 2 * sizes_of(j, i).map, 0);
   for (long n = 0; n < j->chunks; n++) {
     chunk c = chunk_of(j, s, g, n);
     if (j->online) read_keys_online(&c);
@@ -442,17 +440,15 @@ static void forward_memory(const job *j, scratch *s, long g) {
     write_maps(&c, record_of(j, s, g, n + 1).maps);
   }
   for (int i = 0; i < j->depth; i++)
-    turn(j, i, j->end[i] + g * 2 * sizes_of(j, i).map, last.maps[i], 2, 1);
+    turn(j, i, j->end[i] + g * 2 * sizes_of(j, i).map, last.maps[i], 1);
 }
 
 static void backward_memory(const job *j, scratch *s, long g) {
   long D = j->widths[0];
   for (int i = 0; i < j->depth; i++) {
     sizes m = sizes_of(j, i);
-    turn(j, i, s->gw[i], j->gend[i] + g * 2 * m.map, 2, 0);
-    if (!j->base[i]) continue;
-    turn(j, i, s->base[i], j->base[i] + g * m.map, 1, 0);
-    memset(s->gbase[i], 0, m.map * sizeof(float));
+    turn(j, i, s->gw[i], j->gend[i] + g * 2 * m.map, 0);
+    if (j->base[i]) memset(j->gbase[i] + g * m.map, 0, m.map * sizeof(float));
   }
   for (long n = j->chunks - 1; n >= 0; n--) {
     chunk c = chunk_of(j, s, g, n);
@@ -464,11 +460,8 @@ static void backward_memory(const job *j, scratch *s, long g) {
     for (long t = 0; t < j->size; t++) memcpy(c.gt.k.at + t * c.gt.k.row, s->gx[0] + t * D, D * sizeof(float));
     make_masks_backward(c.gt.gates, &s->gmasks, &s->masks, s->other, j);
   }
-  for (int i = 0; i < j->depth; i++) {
-    long map = sizes_of(j, i).map;
-    turn(j, i, j->gstart[i] + g * 2 * map, s->gw[i], 2, 1);
-    if (j->base[i]) turn(j, i, j->gbase[i] + g * map, s->gbase[i], 1, 1);
-  }
+  for (int i = 0; i < j->depth; i++)
+    turn(j, i, j->gstart[i] + g * 2 * sizes_of(j, i).map, s->gw[i], 1);
 }
 
 /* ---- all memories ---- */

@@ -84,13 +84,17 @@ class _Scan(torch.autograd.Function):
     def backward(ctx, gout, *gend):  # type: ignore[override]
         tape, *tensors = ctx.saved_tensors
         job, (gout, *gend) = ctx.job(tensors), [g.contiguous() for g in (gout, *gend)]
-        grads = [None if t is None else torch.empty_like(t) for t in tensors]
+        grads: list[Any] = [None if t is None else torch.empty_like(t) for t in tensors]
+        base, memories = slice(AFFINE.stop, -len(gend)), len(gend[0])
+        grads[base] = [t.new_empty(memories, *t.shape[1:]) for t in tensors[base]]
         for g in grads[AFFINE]:
             if g is not None:
                 g.zero_()
         job.tape, job.gout, job.gend = tape.data_ptr(), gout.data_ptr(), places(gend)
         job.place(grads, "g")
-        job.run("backward", len(gend[0]))
+        job.run("backward", memories)
+        if memories > job.heads:  # rows of the batch share it
+            grads[base] = [g.unflatten(0, (-1, job.heads)).sum(0) for g in grads[base]]
         return None, None, None, *grads
 
 
