@@ -14,7 +14,7 @@ typedef struct {
   const float *gain, *bias;         /* [G, D] or NULL */
   const float *base[MAPS];          /* [H, in, out] or NULL; gbase [G, in, out] */
   const float *start[MAPS];         /* as held: [G, 2, in, out], from the second on [G, 2, out, in] */
-  float *end[MAPS], *out, *tape;    /* tape [G, n, tape_size] or NULL */
+  float *end[MAPS], *out, *tape;    /* tape [G, tape_size] or NULL */
   const float *gout, *gend[MAPS];
   float *gstart[MAPS], *gbase[MAPS], *gq, *gk, *gv, *ggates, *ggain, *gbias;
 } job;

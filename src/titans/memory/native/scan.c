@@ -20,13 +20,13 @@ INLINE sizes sizes_of(const job *j, int i) {
 
 /* ---- memory ---- */
 
-/* What a chunk leaves for its backward. */
+/* What a chunk leaves for its backward: but for the first chunk's maps, which came with the call. */
 typedef struct {
   float *maps[MAPS], *z[MAPS], *r[MAPS], *u[MAPS], *raw[MAPS]; /* map and momentum before it; raw: scores, no mask */
 } record;
 
 typedef struct {
-  float *spare;                                      /* a record, where there is no tape, and the last maps */
+  float *spare, *maps;                               /* of a record: where there is no tape, first and last maps */
   float *x[MAPS], *d[MAPS], *h[MAPS];                /* x, h: from the second map on */
   float *slope[MAPS], *curvature[MAPS], *read_slope[MAPS];
   float *gw[MAPS], *gx[MAPS], *gd[MAPS], *gu[MAPS];
@@ -45,20 +45,27 @@ static float *take(float **at, long n) {
   return here;
 }
 
-static long lay_record(const job *j, float *from, record *r) {
+static long lay_maps(const job *j, float *from, record *r) {
+  float *at = from;
+  for (int i = 0; i < j->depth; i++) r->maps[i] = take(&at, 2 * sizes_of(j, i).map);
+  return at - from;
+}
+
+static long lay_rest(const job *j, float *from, record *r) {
   float *at = from;
   long C = j->size;
   for (int i = 0; i < j->depth; i++) {
     sizes m = sizes_of(j, i);
-    r->maps[i] = take(&at, 2 * m.map), r->z[i] = take(&at, C * m.out), r->r[i] = take(&at, C * m.out);
+    r->z[i] = take(&at, C * m.out), r->r[i] = take(&at, C * m.out);
     r->raw[i] = take(&at, C * C), r->u[i] = i ? take(&at, C * m.in) : NULL;
   }
   return at - from;
 }
 
+/* Of one memory. */
 int64_t tape_size(const job *j) {
   record unused;
-  return lay_record(j, NULL, &unused);
+  return j->chunks * lay_rest(j, NULL, &unused) + (j->chunks - 1) * lay_maps(j, NULL, &unused);
 }
 
 static masks lay_masks(float **at, long C) {
@@ -79,7 +86,9 @@ static long lay_scratch(const job *j, float *from, scratch *s) {
     s->d[i] = take(&at, C * m.out), s->gd[i] = take(&at, C * m.out), s->gu[i] = take(&at, C * m.out);
     s->slope[i] = take(&at, C * m.out), s->curvature[i] = take(&at, C * m.out), s->read_slope[i] = take(&at, C * m.out);
   }
-  s->spare = take(&at, tape_size(j)), s->gr[0] = take(&at, C * wide), s->gr[1] = take(&at, C * wide);
+  record unused;
+  s->spare = take(&at, lay_rest(j, NULL, &unused)), s->maps = take(&at, lay_maps(j, NULL, &unused));
+  s->gr[0] = take(&at, C * wide), s->gr[1] = take(&at, C * wide);
   map = map > C * wide ? map : C * wide;
   s->operands = (operands){take(&at, map), take(&at, map), j->low};
   s->other = take(&at, map), s->narrow = take(&at, C * wide);
@@ -123,7 +132,10 @@ static inputs rows_of(const job *j, long g, long c, const float *q, const float 
 
 static record record_of(const job *j, scratch *s, long g, long c) {
   record r;
-  lay_record(j, j->tape && c < j->chunks ? j->tape + (g * j->chunks + c) * tape_size(j) : s->spare, &r);
+  long rest = lay_rest(j, NULL, &r), maps = lay_maps(j, NULL, &r);
+  float *tape = j->tape && c < j->chunks ? j->tape + g * tape_size(j) : NULL;
+  lay_rest(j, tape ? tape + c * rest : s->spare, &r);
+  lay_maps(j, tape && c ? tape + j->chunks * rest + (c - 1) * maps : s->maps, &r);
   return r;
 }
 
@@ -237,7 +249,7 @@ static sides weighted(const chunk *c, matrix x, matrix d, column weight, sizes m
   return (sides){transposed(left ? narrow : x), left ? d : narrow};
 }
 
-/* The maps after the chunk; where there is no tape, in place. */
+/* The maps after the chunk; where they are not kept, in place. */
 static void write_maps(const chunk *c, float *const *next) {
   const float *T = c->s->masks.transition, *to_state = c->s->masks.to_state;
   for (int i = 0; i < c->j->depth; i++) {
@@ -445,8 +457,10 @@ static void forward_memory(const job *j, scratch *s, long g) {
 
 static void backward_memory(const job *j, scratch *s, long g) {
   long D = j->widths[0];
+  record first = record_of(j, s, g, 0);
   for (int i = 0; i < j->depth; i++) {
     sizes m = sizes_of(j, i);
+    turn(j, i, first.maps[i], j->start[i] + g * 2 * m.map, 0);
     turn(j, i, s->gw[i], j->gend[i] + g * 2 * m.map, 0);
     if (j->base[i]) memset(j->gbase[i] + g * m.map, 0, m.map * sizeof(float));
   }

@@ -71,7 +71,7 @@ class _Scan(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             tape_size = library(SOURCE).tape_size
             tape_size.restype = ctypes.c_int64
-            tape = room(len(maps[0]) * job.chunks * tape_size(ctypes.byref(job)))
+            tape = room(len(maps[0]) * tape_size(ctypes.byref(job)))
             # checkpointing wants tensors of the same sizes from both passes; untouched, they take no memory
             job.tape = None if in_first_pass.get() else tape.data_ptr()
         job.out, job.end = out.data_ptr(), places(end)
