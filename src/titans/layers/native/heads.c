@@ -6,24 +6,6 @@
 #include "pointwise.h"
 #include "threads.h"
 
-typedef uint16_t half __attribute__((vector_size(2 * LANES), aligned(2)));
-
-INLINE vec get(const int low, const void *x, long i) {
-  if (!low) return load((const float *)x + i);
-  return (vec)(__builtin_convertvector(*(const half *)((const uint16_t *)x + i), bits) << 16);
-}
-
-INLINE void put(const int low, void *x, long i, vec y) {
-  if (!low) {
-    store((float *)x + i, y);
-    return;
-  }
-  bits b = (bits)y, even = b >> 16 & 1;
-  b = (b + 0x7fff + even) >> 16; /* to the nearest, ties to even; NaN would overflow */
-  b = (bits)choose(y == y, (vec)b, (vec)((bits){0} + 0x7fc0));
-  *(half *)((uint16_t *)x + i) = __builtin_convertvector(b, half);
-}
-
 /* ---- before: convolution, silu, and queries and keys on the unit sphere ---- */
 
 enum { PARTS = 3 };

@@ -1,4 +1,4 @@
-/* Small matrices, and what goes over their rows: float32, every size a multiple of 16. */
+/* Small matrices, and what goes over their rows: float, every size a multiple of 16. */
 
 #pragma once
 
@@ -50,6 +50,28 @@ INLINE float sum(vec x) {
 #endif
   return x[0];
 }
+
+/* ---- numbers that are float or, low, bfloat16 ---- */
+
+typedef uint16_t half __attribute__((vector_size(2 * LANES), aligned(2)));
+
+INLINE vec get(const int low, const void *x, long i) {
+  if (!low) return load((const float *)x + i);
+  return (vec)(__builtin_convertvector(*(const half *)((const uint16_t *)x + i), bits) << 16);
+}
+
+INLINE void put(const int low, void *x, long i, vec y) {
+  if (!low) {
+    store((float *)x + i, y);
+    return;
+  }
+  bits b = (bits)y, even = b >> 16 & 1;
+  b = (b + 0x7fff + even) >> 16; /* to the nearest, ties to even; NaN would overflow */
+  b = (bits)choose(y == y, (vec)b, (vec)((bits){0} + 0x7fc0));
+  *(half *)((uint16_t *)x + i) = __builtin_convertvector(b, half);
+}
+
+/* ---- rows ---- */
 
 /* to [n, m] from [m, n] */
 static void transpose(float *restrict to, matrix from, long m, long n) {

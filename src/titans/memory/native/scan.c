@@ -27,6 +27,7 @@ typedef struct {
 
 typedef struct {
   float *spare, *maps;                               /* of a record: where there is no tape, first and last maps */
+  float *q, *k, *v, *out, *gq, *gv;
   float *x[MAPS], *d[MAPS], *h[MAPS];                /* x, h: from the second map on */
   float *slope[MAPS], *curvature[MAPS], *read_slope[MAPS];
   float *gw[MAPS], *gx[MAPS], *gd[MAPS], *gu[MAPS];
@@ -78,6 +79,8 @@ static masks lay_masks(float **at, long C) {
 static long lay_scratch(const job *j, float *from, scratch *s) {
   float *at = from;
   long C = j->size, D = j->widths[0], wide = C, map = 0;
+  s->q = take(&at, C * D), s->k = take(&at, C * D), s->v = take(&at, C * D), s->out = take(&at, C * D);
+  s->gq = take(&at, C * D), s->gv = take(&at, C * D);
   for (int i = 0; i < j->depth; i++) {
     sizes m = sizes_of(j, i);
     wide = m.in > wide ? m.in : wide, map = m.map > map ? m.map : map;
@@ -102,7 +105,7 @@ static long lay_scratch(const job *j, float *from, scratch *s) {
 
 /* ---- one chunk ---- */
 
-/* A memory's inputs and output there, or their gradients: rows of [B, T, H, D], gates [B, T, H, 3]. */
+/* A memory's inputs and output, or their gradients: rows, and gates [C, 3]. */
 typedef struct {
   matrix q, k, v, out, gates;
 } inputs;
@@ -122,12 +125,26 @@ typedef struct {
 INLINE column first_of(const float *pairs) { return (column){pairs, 2}; }
 INLINE column second_of(const float *pairs) { return (column){pairs + 1, 2}; }
 
-static inputs rows_of(const job *j, long g, long c, const float *q, const float *k, const float *v, const float *out,
-                      const float *gates) {
-  long H = j->heads, D = j->widths[0], token = (g / H * j->chunks + c) * j->size * H + g % H;
-#define ROWS(x) ((matrix){(float *)(x) + token * D, H * D, 1})
-  return (inputs){ROWS(q), ROWS(k), ROWS(v), ROWS(out), {(float *)gates + token * 3, H * 3, 1}};
-#undef ROWS
+/* Where rows of chunk c of memory g lie, in numbers: from a token to the next it is H D. */
+INLINE long first_row(const job *j, long g, long c) {
+  long H = j->heads;
+  return ((g / H * j->chunks + c) * j->size * H + g % H) * j->widths[0];
+}
+
+/* Those rows, in place; of bfloat16 a copy, where there is something to read. */
+static matrix rows_of(const job *j, long g, long c, const void *x, float *copy) {
+  long D = j->widths[0], step = j->heads * D, first = first_row(j, g, c);
+  if (!j->low) return (matrix){(float *)x + first, step, 1};
+  for (long t = 0; x && t < j->size; t++)
+    for (long i = 0; i < D; i += LANES) store(copy + t * D + i, get(1, x, first + t * step + i));
+  return dense(copy, D);
+}
+
+/* Puts what was made elsewhere back there. */
+static void put_rows(const job *j, long g, long c, void *x, matrix from) {
+  long D = j->widths[0], step = j->heads * D, first = first_row(j, g, c);
+  for (long t = 0; t < j->size; t++)
+    for (long i = 0; i < D; i += LANES) put(j->low, x, first + t * step + i, load(from.at + t * from.row + i));
 }
 
 static record record_of(const job *j, scratch *s, long g, long c) {
@@ -143,8 +160,12 @@ static record record_of(const job *j, scratch *s, long g, long c) {
 static chunk chunk_of(const job *j, scratch *s, long g, long n) {
   long D = j->widths[0];
   chunk c = {.j = j, .s = s, .o = &s->operands, .now = record_of(j, s, g, n)};
-  c.t = rows_of(j, g, n, j->q, j->k, j->v, j->out, j->gates);
-  c.gt = rows_of(j, g, n, j->gq, j->gk, j->gv, j->gout, j->ggates);
+  long gates = first_row(j, g, n) / D * 3;
+  c.t = (inputs){.gates = {(float *)j->gates + gates, j->heads * 3, 1}};
+  c.gt = (inputs){.gates = {j->ggates + gates, j->heads * 3, 1}};
+  c.t.q = rows_of(j, g, n, j->q, s->q), c.t.k = rows_of(j, g, n, j->k, s->k), c.t.v = rows_of(j, g, n, j->v, s->v);
+  c.gt.out = rows_of(j, g, n, j->gout, s->out);
+  c.t.out = dense(s->out, D), c.gt.q = dense(s->gq, D), c.gt.v = dense(s->gv, D);
   c.a = affine_of(j->gain, j->bias, g, D), c.ga = affine_of(j->ggain, j->gbias, g, D);
   for (int i = 0; i < j->depth; i++) {
     sizes m = sizes_of(j, i);
@@ -449,6 +470,7 @@ static void forward_memory(const job *j, scratch *s, long g) {
     if (j->online) read_keys_online(&c);
     else read_keys(&c);
     read_queries(&c);
+    put_rows(j, g, n, j->out, c.t.out);
     write_maps(&c, record_of(j, s, g, n + 1).maps);
   }
   for (int i = 0; i < j->depth; i++)
@@ -471,7 +493,7 @@ static void backward_memory(const job *j, scratch *s, long g) {
     read_queries_backward(&c);
     if (j->online) read_keys_online_backward(&c);
     else read_keys_backward(&c);
-    for (long t = 0; t < j->size; t++) memcpy(c.gt.k.at + t * c.gt.k.row, s->gx[0] + t * D, D * sizeof(float));
+    put_rows(j, g, n, j->gq, c.gt.q), put_rows(j, g, n, j->gk, dense(s->gx[0], D)), put_rows(j, g, n, j->gv, c.gt.v);
     make_masks_backward(c.gt.gates, &s->gmasks, &s->masks, s->other, j);
   }
   for (int i = 0; i < j->depth; i++)

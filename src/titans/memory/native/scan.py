@@ -56,16 +56,17 @@ def scan(
     chunk_size: int,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """See ``titans.memory.scan.scan``; products are of float32 but for bfloat16, where the processor multiplies it."""
-    wide, low = (t.float() for t in (q, k, v)), q.dtype == torch.bfloat16
-    out, *end = _Scan.apply(network, chunk_size, low, *wide, gates, *(affine or (None, None)), *base, *maps)  # type: ignore[misc]
+    dtype = q.dtype if q.dtype == torch.bfloat16 else torch.float32
+    inputs = (t.to(dtype) for t in (q, k, v))
+    out, *end = _Scan.apply(network, chunk_size, *inputs, gates, *(affine or (None, None)), *base, *maps)  # type: ignore[misc]
     return out.to(q.dtype), end
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, network: MemoryMLP, chunk_size: int, low: bool, *given):  # type: ignore[override]
+    def forward(ctx, network: MemoryMLP, chunk_size: int, *given):  # type: ignore[override]
         tensors: list[Any] = [None if t is None else t.contiguous() for t in given]
-        ctx.job = partial(_job, network, chunk_size, low)
+        ctx.job = partial(_job, network, chunk_size)
         job, maps = ctx.job(tensors), tensors[-network.depth :]
         out, end, tape = torch.empty_like(tensors[0]), [torch.empty_like(m) for m in maps], None
         if any(ctx.needs_input_grad):
@@ -95,7 +96,7 @@ class _Scan(torch.autograd.Function):
         job.run("backward", memories)
         if memories > job.heads:  # rows of the batch share it
             grads[base] = [g.unflatten(0, (-1, job.heads)).sum(0) for g in grads[base]]
-        return None, None, None, *grads
+        return None, None, *grads
 
 
 def job_of(network: MemoryMLP, heads: int, dim: int, chunks: int, size: int) -> Job:
@@ -105,10 +106,10 @@ def job_of(network: MemoryMLP, heads: int, dim: int, chunks: int, size: int) -> 
     return Job(network.depth, heads, chunks, size, widths, *options, False, network.norm_eps)
 
 
-def _job(network: MemoryMLP, chunk_size: int, low: bool, tensors: Sequence[Any]) -> Job:
+def _job(network: MemoryMLP, chunk_size: int, tensors: Sequence[Any]) -> Job:
     _, T, H, D = tensors[0].shape
     job = job_of(network, H, D, T // chunk_size, chunk_size)
-    job.low = low
+    job.low = tensors[0].dtype == torch.bfloat16
     job.place(tensors)
     return job
 
