@@ -135,19 +135,17 @@ INLINE void convolve_heads_backward(const int low, const convolve_job *j, long f
   }
 }
 
-static void convolve_part(const void *job, long i, long of) {
-  const convolve_job *j = job;
-  long all = all_heads(j), from = i * all / of, to = (i + 1) * all / of;
-  if (j->low) convolve_heads(1, j, from, to);
-  else convolve_heads(0, j, from, to);
-}
+/* name: a part of work, that on heads from ... to of all of them */
+#define PART(name, kind, heads, work)                                         \
+  static void name(const void *job, long i, long of) {                        \
+    const kind *j = job;                                                      \
+    long all = heads, from = i * all / of, to = (i + 1) * all / of;           \
+    if (j->low) work(1, j, from, to);                                         \
+    else work(0, j, from, to);                                                \
+  }
 
-static void convolve_part_backward(const void *job, long i, long of) {
-  const convolve_job *j = job;
-  long all = all_heads(j), from = i * all / of, to = (i + 1) * all / of;
-  if (j->low) convolve_heads_backward(1, j, from, to);
-  else convolve_heads_backward(0, j, from, to);
-}
+PART(convolve_part, convolve_job, all_heads(j), convolve_heads)
+PART(convolve_part_backward, convolve_job, all_heads(j), convolve_heads_backward)
 
 void convolve(const convolve_job *j, int64_t threads) { share_out(convolve_part, j, threads); }
 void convolve_backward(const convolve_job *j, int64_t threads) { share_out(convolve_part_backward, j, threads); }
@@ -218,19 +216,8 @@ INLINE void gate_heads_backward(const int low, const gate_job *j, long from, lon
     for (long h = from; h < to; h++) gate_backward_at(low, j, h, (token * j->heads + h) * D);
 }
 
-static void gate_part(const void *job, long i, long of) {
-  const gate_job *j = job;
-  long from = i * j->heads / of, to = (i + 1) * j->heads / of;
-  if (j->low) gate_heads(1, j, from, to);
-  else gate_heads(0, j, from, to);
-}
-
-static void gate_part_backward(const void *job, long i, long of) {
-  const gate_job *j = job;
-  long from = i * j->heads / of, to = (i + 1) * j->heads / of;
-  if (j->low) gate_heads_backward(1, j, from, to);
-  else gate_heads_backward(0, j, from, to);
-}
+PART(gate_part, gate_job, j->heads, gate_heads)
+PART(gate_part_backward, gate_job, j->heads, gate_heads_backward)
 
 void gate(const gate_job *j, int64_t threads) { share_out(gate_part, j, threads); }
 void gate_backward(const gate_job *j, int64_t threads) { share_out(gate_part_backward, j, threads); }

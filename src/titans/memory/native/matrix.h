@@ -53,11 +53,11 @@ INLINE float sum(vec x) {
 
 /* ---- numbers that are float or, low, bfloat16 ---- */
 
-typedef uint16_t half __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2)));
 
 INLINE vec get(const int low, const void *x, long i) {
   if (!low) return load((const float *)x + i);
-  return (vec)(__builtin_convertvector(*(const half *)((const uint16_t *)x + i), bits) << 16);
+  return (vec)(__builtin_convertvector(*(const shorts *)((const uint16_t *)x + i), bits) << 16);
 }
 
 INLINE void put(const int low, void *x, long i, vec y) {
@@ -68,7 +68,7 @@ INLINE void put(const int low, void *x, long i, vec y) {
   bits b = (bits)y, even = b >> 16 & 1;
   b = (b + 0x7fff + even) >> 16; /* to the nearest, ties to even; NaN would overflow */
   b = (bits)choose(y == y, (vec)b, (vec)((bits){0} + 0x7fc0));
-  *(half *)((uint16_t *)x + i) = __builtin_convertvector(b, half);
+  *(shorts *)((uint16_t *)x + i) = __builtin_convertvector(b, shorts);
 }
 
 /* ---- rows ---- */
