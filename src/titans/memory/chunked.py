@@ -45,17 +45,19 @@ def chunked(
     held: Sequence[Tensor | None] = start  # the open chunk; None stands for zeros
     nothing, same = torch.zeros_like(pending), torch.eye(2, dtype=gates.dtype, device=q.device).expand(B * H, 2, 2)
     transition = state.since_start().flatten(0, 1)
+    alone = [info or not piece.is_whole(C) for piece in cut.pieces]  # what the fast path does not take
+    held_base = as_held(base, B) if any(alone) else ()
     norm = (affine[0].repeat(B, 1).unsqueeze(1), affine[1].repeat(B, 1).unsqueeze(1)) if affine else None
 
     outs, surprises, losses = [], [], []
     split = [cut.split(x) for x in (q, k, v, gates)]
-    for piece, q_, k_, v_, gates_ in zip(cut.pieces, *split, strict=True):
-        if not info and piece.is_whole(C):
+    for piece, is_alone, q_, k_, v_, gates_ in zip(cut.pieces, alone, *split, strict=True):
+        if not is_alone:
             out, maps = fast(q_, k_, v_, gates_, maps, base, norm, network, C)
             outs.append(out)
             held, pending, transition = [None for _ in held], nothing, same
             continue
-        piece, held_base = piece.repeat(H), as_held(base, B)
+        piece = piece.repeat(H)
         q_, k_, v_, gates_ = (t.transpose(1, 2).flatten(0, 1) for t in (q_, k_, v_, gates_))
         masks = chunk_masks(piece.blank(gates_), piece.last)
         if network.online:
@@ -80,8 +82,7 @@ def chunked(
             pending, transition = piece.where_closed(nothing, pending), piece.where_closed(same, transition)
         held = [None if piece.closes is True else piece.where_closed(torch.zeros_like(f), f) for f in filled]
 
-    empty = isinstance(state.place, int) and state.place % C == 0  # then the open chunk that came is zeros, too
-    zeros = [s.detach() if empty else torch.zeros_like(s) for s in start]
+    zeros = [s.detach() if state.is_between_chunks else torch.zeros_like(s) for s in start]  # there they are zeros, too
     ends = [z if h is None else h.to(z.dtype) for h, z in zip(held, zeros, strict=True)]
     maps, ends = (tuple(t.unflatten(0, (B, H)) for t in ts) for ts in (maps, ends))
     pending, transition = pending.unflatten(0, (B, H)), transition.unflatten(0, (B, H))

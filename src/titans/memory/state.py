@@ -227,6 +227,11 @@ class MemoryState(State):
         """Tokens read so far: one number, where it is known to be the same in all rows, else [B]."""
         return self.position if self.read is None else self.read
 
+    @property
+    def is_between_chunks(self) -> bool:
+        """Whether it is known that no row has an open chunk."""
+        return self.read is not None and self.read % self.chunk_size == 0
+
     def after(self, tokens: Tensor | int) -> dict[str, Any]:
         """``position`` and ``read`` after so many more tokens, [B] or the same number in all rows."""
         read = self.read + tokens if self.read is not None and isinstance(tokens, int) else None
@@ -235,7 +240,7 @@ class MemoryState(State):
     def since_start(self) -> Tensor:
         """``transition``, its constants made sure of: the identity where no chunk is open, zero below the diagonal."""
         same = torch.eye(2, dtype=self.transition.dtype, device=self.transition.device)
-        if self.read is not None and self.read % self.chunk_size == 0:
+        if self.is_between_chunks:
             return same.expand_as(self.transition)
         closed = (self.position % self.chunk_size == 0).view(-1, 1, 1, 1)
         return torch.where(closed, same, self.transition.triu())

@@ -54,17 +54,12 @@ INLINE void correlate(const int low, float *to, const convolve_job *j, head h, l
   }
 }
 
-static float length_of(const float *x, long D) {
-  float size = sqrtf(dot(x, x, D));
-  return size > 1e-6f ? size : 1e-6f;
-}
-
 INLINE void convolve_token(const int low, const convolve_job *j, head h, long b, long t) {
   long D = j->width, token = b * j->length + t;
   float y[D];
   correlate(low, y, j, h, b, t);
   for (long i = 0; i < D; i += LANES) {
-    vec value = activate(SILU, load(y + i)).value;
+    vec value = silu(load(y + i));
     store(y + i, value);
     if (j->whole) put(low, j->whole, (token * h.all + h.at) * D + i, value);
   }
@@ -137,7 +132,7 @@ INLINE void convolve_heads_backward(const int low, const convolve_job *j, long f
 
 /* name: a part of work, that on heads from ... to of all of them */
 #define PART(name, kind, heads, work)                                         \
-  static void name(const void *job, long i, long of) {                        \
+  static void name(void *job, long i, long of) {                              \
     const kind *j = job;                                                      \
     long all = heads, from = i * all / of, to = (i + 1) * all / of;           \
     if (j->low) work(1, j, from, to);                                         \
@@ -147,8 +142,8 @@ INLINE void convolve_heads_backward(const int low, const convolve_job *j, long f
 PART(convolve_part, convolve_job, all_heads(j), convolve_heads)
 PART(convolve_part_backward, convolve_job, all_heads(j), convolve_heads_backward)
 
-void convolve(const convolve_job *j, int64_t threads) { share_out(convolve_part, j, threads); }
-void convolve_backward(const convolve_job *j, int64_t threads) { share_out(convolve_part_backward, j, threads); }
+void convolve(convolve_job *j, int64_t threads) { share_out(convolve_part, j, threads); }
+void convolve_backward(convolve_job *j, int64_t threads) { share_out(convolve_part_backward, j, threads); }
 
 /* ---- behind: the token's own value, the norm and the gate ---- */
 
@@ -180,7 +175,7 @@ INLINE void gate_heads(const int low, const gate_job *j, long from, long to) {
       long row = (token * j->heads + h) * D;
       read_unit(low, unit, j, h, row);
       for (long i = 0; i < D; i += LANES) {
-        vec open = activate(SILU, get(low, j->gate, row + i)).value;
+        vec open = silu(get(low, j->gate, row + i));
         put(low, j->out, row + i, load(unit + i) * load(j->weight + i) * open);
       }
     }
@@ -219,5 +214,5 @@ INLINE void gate_heads_backward(const int low, const gate_job *j, long from, lon
 PART(gate_part, gate_job, j->heads, gate_heads)
 PART(gate_part_backward, gate_job, j->heads, gate_heads_backward)
 
-void gate(const gate_job *j, int64_t threads) { share_out(gate_part, j, threads); }
-void gate_backward(const gate_job *j, int64_t threads) { share_out(gate_part_backward, j, threads); }
+void gate(gate_job *j, int64_t threads) { share_out(gate_part, j, threads); }
+void gate_backward(gate_job *j, int64_t threads) { share_out(gate_part_backward, j, threads); }

@@ -42,8 +42,6 @@ void norm(const norm_job *j, int64_t read, share s) {
   for (long b = s.me; b < j->batch; b += s.of) scaled_norm(row(j->y, b), row(j->x, b), j->weight, j->width, j->eps);
 }
 
-INLINE vec silu(vec x) { return activate(SILU, x).value; }
-
 typedef struct {
   int64_t batch, width;
   rows a, b, y;
@@ -365,8 +363,8 @@ static void gate_read(float *out, float *read, const float *gate, const float *w
 }
 
 static void to_sphere(float *to, const float *x, long D) {
-  float size = sqrtf(dot(x, x, D));
-  for (long i = 0; i < D; i += LANES) store(to + i, load(x + i) / (size > 1e-6f ? size : 1e-6f));
+  float size = length_of(x, D);
+  for (long i = 0; i < D; i += LANES) store(to + i, load(x + i) / size);
 }
 
 static float sigmoid(float x) { return 1 / (1 + expf(-x)); }

@@ -43,7 +43,15 @@ INLINE point activate(long kind, vec z) {
   return (point){z * below, below + z * bell, bell * (2.0f - z * z)};
 }
 
-/* ---- the norm, the residual, and the loss's signal ---- */
+INLINE vec silu(vec x) { return activate(SILU, x).value; }
+
+/* ---- lengths and the norm, the residual, and the loss's signal ---- */
+
+/* What brings x to the unit sphere is divided by. */
+static float length_of(const float *x, long D) {
+  float size = sqrtf(dot(x, x, D));
+  return size > 1e-6f ? size : 1e-6f;
+}
 
 /* Row x with mean 0 and variance 1; one over its deviation. */
 static float standardise(float *unit, const float *x, long D, float eps) {

@@ -115,8 +115,7 @@ typedef struct {
   scratch *s;
   const operands *o;
   record now;
-  const float *base[MAPS];
-  float *gbase[MAPS];
+  float *base[MAPS], *gbase[MAPS];
   inputs t, gt;
   affine a, ga;
   matrix x[MAPS], d[MAPS], h[MAPS];
@@ -171,7 +170,7 @@ static chunk chunk_of(const job *j, scratch *s, long g, long n) {
     sizes m = sizes_of(j, i);
     c.x[i] = i ? dense(s->x[i], m.in) : c.t.k, c.h[i] = i ? dense(s->h[i], m.in) : c.t.q;
     c.d[i] = dense(s->d[i], m.out);
-    if (j->base[i]) c.base[i] = j->base[i] + g % j->heads * m.map, c.gbase[i] = j->gbase[i] + g * m.map;
+    if (j->base[i]) c.base[i] = (float *)j->base[i] + g % j->heads * m.map, c.gbase[i] = j->gbase[i] + g * m.map;
   }
   make_masks(&s->masks, c.t.gates, j);
   s->before[0] = 1, s->before[1] = 0;
@@ -193,7 +192,7 @@ static void meet(const chunk *c, int i, matrix h, const float *read, matrix r) {
   long C = c->j->size;
   product(c->o, r, C, m.out, m.in, h, dense(c->now.maps[i], m.out), first_of(read));
   add_product(c->o, r, C, m.out, m.in, h, dense(c->now.maps[i] + m.map, m.out), second_of(read));
-  if (c->base[i]) add_product(c->o, r, C, m.out, m.in, h, dense((float *)c->base[i], m.out), PLUS_ALL);
+  if (c->base[i]) add_product(c->o, r, C, m.out, m.in, h, dense(c->base[i], m.out), PLUS_ALL);
 }
 
 /* An online memory's signals from those of a memory without the chunk's tokens (online.py): the keys meet it one token
@@ -349,7 +348,7 @@ static void meet_backward(const chunk *c, int i, matrix h, const float *read, ma
   add_weights_grad(gread, 1, s->one, s->two, h, C, m.in);
   mix(gh, s->one, s->two, read, C, m.in);
   if (c->base[i]) {
-    add_product(c->o, gh, C, m.in, m.out, gr, transposed(dense((float *)c->base[i], m.out)), PLUS_ALL);
+    add_product(c->o, gh, C, m.in, m.out, gr, transposed(dense(c->base[i], m.out)), PLUS_ALL);
     add_product(c->o, dense(c->gbase[i], m.out), m.in, m.out, C, transposed(h), gr, PLUS_ALL);
   }
   sides p = weighted(c, h, gr, second_of(read), m);
@@ -510,7 +509,7 @@ typedef struct {
 } work;
 
 /* One thread: the next memory, until there is none. */
-static void share(void *given) {
+static void share(void *given, long i, long of) {
   work *all = given;
   scratch s;
   float *room = aligned_alloc(64, (lay_scratch(all->j, NULL, &s) + 15) / 16 * 64);
@@ -526,8 +525,7 @@ static void share(void *given) {
 /* 0, or 1 for want of memory */
 static int run(const job *j, int64_t memories, int64_t threads, void (*memory)(const job *, scratch *, long)) {
   work all = {j, memory, memories, 0, 0};
-  if (threads > 1 && GOMP_parallel) GOMP_parallel(share, &all, threads, 0);
-  else share(&all);
+  share_out(share, &all, threads);
   return all.failed;
 }
 

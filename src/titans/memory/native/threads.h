@@ -14,8 +14,8 @@ static int (*const omp_get_thread_num)(void) = NULL, (*const omp_get_num_threads
 #endif
 
 typedef struct {
-  void (*run)(const void *job, long i, long of);
-  const void *job;
+  void (*run)(void *job, long i, long of);
+  void *job;
   long parts, next;
 } shared;
 
@@ -26,7 +26,7 @@ static inline void next_of_shared(void *given) {
 }
 
 /* ``run`` for every one of so many parts, a thread each. */
-static inline void share_out(void (*run)(const void *, long, long), const void *job, long parts) {
+static inline void share_out(void (*run)(void *, long, long), void *job, long parts) {
   shared all = {run, job, parts, 0};
   if (parts > 1 && GOMP_parallel) GOMP_parallel(next_of_shared, &all, parts, 0);
   else next_of_shared(&all);
