@@ -29,7 +29,7 @@ SIZES = {
     "memory_gate": st.sampled_from(["sigmoid", "write"]),
     "memory_max_lr": st.none() | st.just(1e-3),
     "memory_forget": st.sampled_from(["start", "zero", "none"]),
-    "memory_momentum": st.booleans(),
+    "memory_max_momentum": st.none() | st.sampled_from([0, 0.3, 1]),
     "memory_skip": st.booleans(),
     "memory_conv_size": st.integers(1, 5),
     "chunk_size": st.integers(1, 9),

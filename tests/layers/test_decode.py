@@ -75,11 +75,11 @@ def test_without_the_value_beside(way):
     assert_decodes(layer, tokens(2, T, dtype, dim=dim), 4, way)
 
 
-@pytest.mark.parametrize(("forget", "momentum"), [("zero", True), ("none", True), ("start", False), ("none", False)])
+@pytest.mark.parametrize(("forget", "momentum"), [("zero", 1), ("none", 0.3), ("start", 0), ("none", 0)])
 def test_forgetting_and_momentum(forget, momentum, way):
     _, dtype, dim = way
     layer = build("mac", dtype=dtype, dim=dim)
-    layer.memory.forget, layer.memory.momentum = forget, momentum
+    layer.memory.forget, layer.memory.max_momentum = forget, momentum
     assert_decodes(layer, tokens(2, T, dtype, dim=dim), 4, way)
 
 

@@ -49,23 +49,6 @@ def test_gradients_stay_small_where_a_long_text_repeats(case):
     assert torch.nn.utils.get_total_norm([p.grad for p in memory.parameters() if p.grad is not None]) < 1
 
 
-@pytest.mark.parametrize(
-    ("network", "chunk_size", "largest"),
-    [
-        (MemoryMLP(), 4, 0.1),
-        (MemoryMLP(1), 64, 1 / 64),
-        (MemoryMLP(2), 64, 1 / 64),
-        (MemoryMLP(3), 64, 1 / 256),
-        (MemoryMLP(4), 16, 1 / 128),
-        (MemoryMLP(norm=False), 4, 0.025),
-        (MemoryMLP(1, norm=False), 64, 1 / 64),
-        (MemoryMLP(1, norm=False, online=True), 64, 0.5),
-    ],
-)
-def test_the_default_of_the_largest_theta(network, chunk_size, largest):
-    assert NeuralMemory(16, heads=1, chunk_size=chunk_size, network=network).max_lr == pytest.approx(largest)
-
-
 @pytest.mark.parametrize("name", LAYERS)
 def test_fresh_layer_gradients_come_through_the_writes(name):
     """At the start, keys and values learn only because later reads depend on what was written (trap 4)."""
@@ -180,7 +163,7 @@ def test_how_far_back_a_gate_sees(gate, reach):
 def test_without_momentum_and_forgetting_it_is_gradient_descent(gate, dtype):
     """One linear map, chunks of one token: W grows by lr k 2 (v - W k)^T a token, and by nothing else."""
     layer = NeuralMemory(8, heads=1, chunk_size=1, network=MemoryMLP(1, residual=False, norm=False), gate=gate,
-                         forget="none", momentum=False, conv_size=1, max_lr=0.3).to(dtype)  # fmt: skip
+                         forget="none", max_momentum=0, conv_size=1, max_lr=0.3).to(dtype)  # fmt: skip
     x = torch.randn(1, 40, 8, dtype=dtype)
     _, state, info = layer(x, return_info=True)
     assert not info["momentum"].any()

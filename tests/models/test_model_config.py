@@ -30,6 +30,8 @@ BAD = [
     ({"memory_depth": 5}, "memory_depth must be 1, 2, 3 or 4, got 5"),
     ({"memory_expansion": 0}, "memory_expansion must be positive"),
     ({"memory_max_lr": 0.0}, "memory_max_lr must be positive, got 0.0"),
+    ({"memory_max_momentum": 1.5}, "memory_max_momentum must be from 0 to 1, got 1.5"),
+    ({"memory_max_momentum": "all"}, "memory_max_momentum must be from 0 to 1, got 'all'"),
     ({"initializer_range": -0.02}, "initializer_range must be positive, got -0.02"),
     ({"num_persistent_tokens": -1}, "num_persistent_tokens must be 0 or more, got -1"),
     ({"hidden_size": 18}, "hidden_size=18 must be num_attention_heads=2 times a multiple of 4"),

@@ -1,5 +1,6 @@
 """The neural memory as a layer: projections, short convolution, gates, memory, output norm and gate."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -24,12 +25,20 @@ def stable_lr(network: MemoryMLP, chunk_size: int) -> float:
 
     A chunk's gradients are taken at the same memory, so where its keys are alike their steps add up: a share of 1 /
     ``chunk_size`` that falls with the depth, a tenth where no norm tames the sum; never above 0.1. One online map sees
-    every step before the next: 1/2, with which a token replaces what its key held.
+    every step before the next: 1/4, with which a token and its momentum nearly replace what its key held.
     """
     if network.online:
-        return 0.5
+        return 0.25
     tame = network.norm or network.depth == 1
     return min(0.1, (STABLE_SHARES[network.depth - 1] if tame else 0.1) / chunk_size)
+
+
+def stable_momentum(network: MemoryMLP, max_lr: float) -> float:
+    """A largest eta: 1; for an online map one with which no gates and no keys make it grow (docs/decisions.md).
+
+    Momentum that a write has left goes on when its error is gone: the farther, the larger theta can be.
+    """
+    return max(0.0, 1 - 1.25 * max_lr**0.5) if network.online else 1.0
 
 
 class GateProjection(nn.Linear):
@@ -40,10 +49,10 @@ class GateProjection(nn.Linear):
         super().__init__(width, 3 * heads)
 
     def reset_parameters(self) -> None:
-        """The same gates for every token: theta half of ``max_lr`` (3/4 for ``"write"``), eta 1/2, alpha as the head.
+        """The same gates for every token: theta and eta half of their largest (theta 3/4 for ``"write"``).
 
-        Heads forget at rates from 10 % to 0.2 % a token, evenly on a logarithmic scale: some hold what is near, some
-        what is far. Forgetting towards zero starts at 0.01 % in all of them: it takes M_0 with it.
+        Heads forget, alpha, at rates from 10 % to 0.2 % a token, evenly on a logarithmic scale: some hold what is near,
+        some what is far. Forgetting towards zero starts at 0.01 % in all of them: it takes M_0 with it.
         """
         place = (torch.arange(self.heads) + 0.5) / self.heads
         alpha = 0.1 ** (1 - place) * 0.002**place if self.forget == "start" else torch.full((self.heads,), 1e-4)
@@ -78,7 +87,8 @@ class NeuralMemory(nn.Module):
             (0.3 in ``checkpoints/needle``, with the gate ``"write"``).
         forget: where forgetting leads: "start", to M_0, so that what was written fades and what was learned in training
             stays; "zero", the paper's; "none": nothing is forgotten.
-        momentum: whether surprise carries on from token to token; False: eta is 0, plain gradient descent.
+        max_momentum: largest eta, how much of past surprise a token carries on; default ``stable_momentum(network,
+            max_lr)``; 0: plain gradient descent.
         skip: whether the token's own value, weighted by what is learned, stands beside what is read; not in the paper.
             Without it a memory whose network has no norm learned recall better (BABILong), one with the norm a little
             worse, and parity was not learned (docs/decisions.md).
@@ -98,7 +108,7 @@ class NeuralMemory(nn.Module):
         gate: str = "sigmoid",
         max_lr: float | None = None,
         forget: str = "start",
-        momentum: bool = True,
+        max_momentum: float | None = None,
         skip: bool = True,
         conv_size: int = 4,
         backend: str = "auto",
@@ -114,8 +124,11 @@ class NeuralMemory(nn.Module):
         if self.key_heads < 1 or heads % self.key_heads:
             raise ValueError(f"key_heads={key_heads} must divide heads={heads}")
         self.chunk_size, self.network, self.backend = chunk_size, network or MemoryMLP(), backend
-        self.gate, self.forget, self.momentum = gate, forget, momentum
+        self.gate, self.forget = gate, forget
         self.max_lr = stable_lr(self.network, chunk_size) if max_lr is None else max_lr
+        self.max_momentum = stable_momentum(self.network, self.max_lr) if max_momentum is None else max_momentum
+        if not 0 <= self.max_momentum <= 1:
+            raise ValueError(f"max_momentum must be from 0 to 1, got {max_momentum}")
         inner, keys = heads * self.head_dim, self.key_heads * self.head_dim
         self.qkv_proj = nn.Linear(dim, 2 * keys + inner, bias=False)
         self.conv = ShortConvolution(2 * keys + inner, conv_size)
@@ -297,7 +310,7 @@ class NeuralMemory(nn.Module):
         """theta, log eta and log(1 - alpha) from what ``gates_proj`` gave."""
         z = z if z.dtype == torch.float64 else z.float()
         write, momentum, forget = z.unflatten(-1, (3, self.heads)).unbind(-2)
-        log_momentum = F.logsigmoid(momentum) if self.momentum else torch.full_like(momentum, NEVER)
+        log_momentum = F.logsigmoid(momentum) + (math.log(self.max_momentum) if self.max_momentum else NEVER)
         if self.gate == "sigmoid":
             lr, log_retention = torch.sigmoid(write), F.logsigmoid(-forget)
         else:

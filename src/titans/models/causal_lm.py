@@ -32,7 +32,7 @@ def build_block(config: TitansConfig) -> Block:
         gate=config.memory_gate,
         max_lr=config.memory_max_lr,
         forget=config.memory_forget,
-        momentum=config.memory_momentum,
+        max_momentum=config.memory_max_momentum,
         skip=config.memory_skip,
         conv_size=config.memory_conv_size,
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from titans.layers.neural_memory import FORGET, GATES, stable_lr
+from titans.layers.neural_memory import FORGET, GATES, stable_lr, stable_momentum
 from titans.memory import MemoryMLP
 
 VARIANTS = ("mac", "mag", "mal", "lmm")
@@ -41,7 +41,8 @@ class TitansConfig(PreTrainedConfig):
         memory_max_lr: largest inner step size theta; default as in ``titans.NeuralMemory``. Loaded with another
             ``chunk_size``, a model keeps the theta it was trained with.
         memory_forget: ``"start"``, ``"zero"`` or ``"none"``, see ``titans.NeuralMemory``.
-        memory_momentum: whether surprise carries on from token to token.
+        memory_max_momentum: largest share eta of past surprise that a token carries on; 0 for none; default as in
+            ``titans.NeuralMemory``.
         memory_skip: whether a token's own value stands beside what it reads, see ``titans.NeuralMemory``.
         memory_conv_size: length of the causal convolution over queries, keys and values; 1 for none.
         chunk_size: tokens whose inner gradients are taken at the same memory.
@@ -77,7 +78,7 @@ class TitansConfig(PreTrainedConfig):
     memory_write_price: float | int = 0.0
     memory_max_lr: float | None = None
     memory_forget: str = "start"
-    memory_momentum: bool = True
+    memory_max_momentum: float | int | None = None
     memory_skip: bool = True
     memory_conv_size: int = 4
     chunk_size: int = 16
@@ -111,6 +112,8 @@ class TitansConfig(PreTrainedConfig):
             self.memory_head_dim = self.hidden_size // self.num_memory_heads
         if self.memory_max_lr is None:
             self.memory_max_lr = stable_lr(self.memory_network, self.chunk_size)
+        if self.memory_max_momentum is None:
+            self.memory_max_momentum = stable_momentum(self.memory_network, self.memory_max_lr)
         super().__post_init__(**kwargs)
 
     @property
@@ -158,6 +161,9 @@ class TitansConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
                 raise ValueError(f"{name} must be positive, got {value!r}; leave it out for the default")
+        momentum = self.memory_max_momentum
+        if momentum is not None and not (isinstance(momentum, (int, float)) and 0 <= momentum <= 1):
+            raise ValueError(f"memory_max_momentum must be from 0 to 1, got {momentum!r}; leave it out for the default")
         if self.memory_head_dim is None and self.hidden_size % self.num_memory_heads:  # type: ignore[operator]
             raise ValueError(
                 f"hidden_size={self.hidden_size} is no multiple of num_memory_heads={self.num_memory_heads}; "

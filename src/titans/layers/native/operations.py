@@ -46,8 +46,9 @@ _Segment = _job(
 _Window = _job("window_attention", "batch heads width persistent length", "tokens found", "keys values table")
 _Convolution = _job("convolution", "batch channels taps", "x y", "weight last")
 _Memory = _job(
-    "memory_token", "batch key_heads chunk write_gate momentum forgets", "qkv out_gate gates out",
-    "gates_weight gates_bias skip out_norm weights", "maps inputs signals", "max_lr eps", first=[("net", Job)],
+    "memory_token", "batch key_heads chunk write_gate forgets", "qkv out_gate gates out",
+    "gates_weight gates_bias skip out_norm weights", "maps inputs signals", "max_lr max_momentum eps",
+    first=[("net", Job)],
 )  # fmt: skip
 _End = _job("end_segment", "heads width persistent length", "", "keys values", "to", first=[("memory", _Memory)])
 _Recall = _job("recall_token", "batch key_heads", "queries out_gate out", "out_norm", "maps", "eps", [("net", Job)])
@@ -194,7 +195,7 @@ class NativeOperations(Operations):
         """Writes and reads: what ``qkv_proj``, ``out_gate`` and, if they see the token, the gates made of it; gated."""
         stepper, projection, conv = self.stepper, memory.gates_proj, memory.conv
         sizes = self.batch, memory.key_heads, stepper.chunk_size
-        options = memory.gate == "write", memory.momentum, memory.forget != "none"
+        options = memory.gate == "write", memory.forget != "none"
 
         def run(x: Tensor, out_gate: Tensor, token_gates: Tensor | None = None) -> Tensor:
             qkv, out = self._room(x.shape[1]), self._room(out_gate.shape[1])
@@ -203,7 +204,7 @@ class NativeOperations(Operations):
                 _Memory, self._net(memory), *sizes, *options, qkv, out_gate, token_gates, out,
                 projection.weight if token_gates is None else None, projection.bias, memory.skip,
                 memory.out_norm.weight, stepper.weights, stepper.maps, stepper.inputs, stepper.signals, memory.max_lr,
-                memory.out_norm.eps,
+                memory.max_momentum, memory.out_norm.eps,
             )  # fmt: skip
             return out
 

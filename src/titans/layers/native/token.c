@@ -236,11 +236,11 @@ void convolution(const convolution_job *j, int64_t read, share s) {
 
 typedef struct {
   job net;
-  int64_t batch, key_heads, chunk, write_gate, momentum, forgets;
+  int64_t batch, key_heads, chunk, write_gate, forgets;
   rows qkv, out_gate, gates, out; /* gates: from the token; NULL where gates_weight makes them of q, k and v */
   const float *gates_weight, *gates_bias, *skip, *out_norm;
   float *weights, *maps[MAPS], *inputs[MAPS], *signals[MAPS]; /* as Stepper has them */
-  double max_lr, eps;
+  double max_lr, max_momentum, eps;
 } memory_job;
 
 typedef struct { /* one memory's part of it */
@@ -382,7 +382,7 @@ static gates gates_of(const memory_job *j, long g) {
     const float *qkv = row(j->qkv, g / H), *w = j->gates_weight;
     z[i] = j->gates_bias[gate] + (w ? dot(qkv, w + gate * channels, channels) : row(j->gates, g / H)[gate]);
   }
-  gates found = {sigmoid(z[0]), j->momentum ? sigmoid(z[1]) : 0, 1};
+  gates found = {sigmoid(z[0]), j->max_momentum * sigmoid(z[1]), 1};
   if (j->write_gate) found.lr = fminf(fmaxf(z[0] / 6 + 0.5f, 0), 1);
   if (j->forgets) found.retention = j->write_gate ? fmaxf(1 - sigmoid(z[2]) * found.lr, 0x1p-23f) : sigmoid(-z[2]);
   found.lr *= j->max_lr;
