@@ -1,6 +1,6 @@
 """A million tokens with outliers through every variant, the memory carried: everything has to stay finite.
 
-    python benchmarks/outliers.py            # a quarter of an hour of one core; writes benchmarks/results/reliability/
+    python benchmarks/outliers.py            # half an hour of one core; writes benchmarks/results/reliability/
     python benchmarks/outliers.py 100000     # so many tokens
 
 docs/reliability.md has the table.
@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from itertools import chain, cycle, islice
+from itertools import chain, cycle, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ LONGEST = 1024  # tokens of a stretch
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "memory_expansion": 2, "chunk_size": 64,
 }  # fmt: skip
+ONLINE = {"memory_depth": 1, "memory_norm": False, "memory_residual": False, "memory_online": True}
+MEMORIES = {"two maps": {}, "one online map": ONLINE}
 
 
-def build(variant: str) -> TitansModel:
+def build(variant: str, memory: str) -> TitansModel:
     """Every parameter away from its start, so that gates differ from token to token and reach their limits."""
     torch.manual_seed(0)
-    model = TitansModel(TitansConfig(variant=variant, **SIZES)).eval()
+    model = TitansModel(TitansConfig(variant=variant, **SIZES, **MEMORIES[memory])).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
@@ -69,13 +71,13 @@ def stretches(embedding: Tensor, tokens: int) -> Iterator[tuple[str, Tensor]]:
         tokens -= length
 
 
-def read(variant: str, dtype: torch.dtype, tokens: int) -> dict[str, Any]:
+def read(variant: str, memory: str, dtype: torch.dtype, tokens: int) -> dict[str, Any]:
     """Reads so many tokens. Norms are those of single linear maps, the largest of all heads and layers, per stretch.
 
     Raises:
         ValueError: an output or a memory is not finite; the message names the stretch.
     """
-    model = build(variant).to(dtype)
+    model = build(variant, memory).to(dtype)
     embedding, cache = model.embed_tokens.weight.float(), TitansCache(len(model.layers))
     done, output, began = 0, 0.0, time.process_time()
     first = largest_norm(model, [block.initial_state(1) for block in model.layers])
@@ -85,11 +87,14 @@ def read(variant: str, dtype: torch.dtype, tokens: int) -> dict[str, Any]:
         states = [layer.state for layer in cache.layers]
         held = (t for state in states for t in state.tensors().values())
         if not all(t.isfinite().all() for t in chain([y], held)):
-            raise ValueError(f"{variant} in {dtype} is not finite in a stretch of {kind!r} after {done:,} tokens")
+            raise ValueError(
+                f"{variant}, {memory}, in {dtype} is not finite in a stretch of {kind!r} after {done:,} tokens"
+            )
         norms.append((largest_norm(model, states), kind))
         output, done = max(output, float(y.abs().max())), done + x.shape[1]
     return {
         "variant": variant,
+        "memory": memory,
         "dtype": str(dtype).removeprefix("torch."),
         "tokens": done,
         "first_norm": first,
@@ -114,10 +119,9 @@ def largest_norm(model: TitansModel, states: list[Any]) -> float:
 @torch.no_grad()
 def main(tokens: int = 1_000_000) -> None:
     rows = []
-    for variant in VARIANTS:
-        for dtype in (torch.float32, torch.bfloat16):
-            rows.append(read(variant, dtype, tokens))
-            print(json.dumps(rows[-1]), flush=True)
+    for memory, variant, dtype in product(MEMORIES, VARIANTS, (torch.float32, torch.bfloat16)):
+        rows.append(read(variant, memory, dtype, tokens))
+        print(json.dumps(rows[-1]), flush=True)
     write_atomically(RESULTS, json.dumps({"sizes": SIZES, "rows": rows, **provenance()}, indent=1) + "\n")
 
 

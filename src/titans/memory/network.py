@@ -36,8 +36,7 @@ class MemoryMLP:
             parallel, what 1 gives. Needs ``depth=1`` and ``norm=False``.
 
     To keep facts apart (docs/decisions.md): ``depth=1, residual=False, norm=False, online=True``, in a ``NeuralMemory``
-    with ``skip=False``. Where much repeats, as in text, its momentum can swing up beyond all bounds; ``momentum=False``
-    there cannot.
+    with ``skip=False``, whose defaults of the largest theta and eta keep it from swinging up beyond all bounds.
 
     Its weights are one tuple: the linear maps ``[..., d_in, d_out]`` in order, then, when ``norm``, optionally gain and
     bias ``[..., D]``.
