@@ -202,10 +202,15 @@ static void settle(const chunk *c) {
   long C = c->j->size, D = c->j->widths[0];
   product(c->o, dense(s->met, C), C, C, D, c->t.k, transposed(c->t.k), PLUS_ALL);
   for (long t = 0; t < C; t++) {
-    float *row = s->system + t * C, *d = s->d[0] + t * D;
-    for (long l = 0; l < t; l++) {
-      row[l] = 2 * s->masks.write[(t - 1) * C + l] * s->met[t * C + l];
-      for (long i = 0; i < D; i += LANES) add(d + i, -row[l] * load(s->d[0] + l * D + i));
+    float *row = s->system + t * C, *d = s->d[0];
+    for (long l = 0; l < t; l++) row[l] = 2 * s->masks.write[(t - 1) * C + l] * s->met[t * C + l];
+    for (long i = 0; i < D; i += LANES) {
+      vec sums[4] = {{0}}; /* each by itself: one waits for its last addend */
+      long l = 0;
+      for (; l + 4 <= t; l += 4)
+        for (int n = 0; n < 4; n++) sums[n] += row[l + n] * load(d + (l + n) * D + i);
+      for (; l < t; l++) sums[0] += row[l] * load(d + l * D + i);
+      add(d + t * D + i, -(sums[0] + sums[1] + sums[2] + sums[3]));
     }
   }
 }
