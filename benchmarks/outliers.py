@@ -1,6 +1,6 @@
 """A million tokens with outliers through every variant, the memory carried: everything has to stay finite.
 
-    python benchmarks/outliers.py            # half an hour of one core; writes benchmarks/results/reliability/
+    python benchmarks/outliers.py            # a quarter of an hour of one core; writes benchmarks/results/reliability/
     python benchmarks/outliers.py 100000     # so many tokens
 
 docs/reliability.md has the table.
