@@ -25,7 +25,7 @@ def stable_lr(network: MemoryMLP, chunk_size: int) -> float:
 
     A chunk's gradients are taken at the same memory, so where its keys are alike their steps add up: a share of 1 /
     ``chunk_size`` that falls with the depth, a tenth where no norm tames the sum; never above 0.1. One online map sees
-    every step before the next: 1/4, with which a token and its momentum nearly replace what its key held.
+    every step before the next: 1/4, with which a token and its momentum replace four fifths of what its key held.
     """
     if network.online:
         return 0.25
@@ -34,9 +34,10 @@ def stable_lr(network: MemoryMLP, chunk_size: int) -> float:
 
 
 def stable_momentum(network: MemoryMLP, max_lr: float) -> float:
-    """A largest eta: 1; for an online map one with which no gates and no keys make it grow (docs/decisions.md).
+    """A largest eta: 1, as in the paper; for an online map 1 - 5/4 sqrt(``max_lr``).
 
-    Momentum that a write has left goes on when its error is gone: the farther, the larger theta can be.
+    Momentum that a write has left goes on when its error is gone, the farther, the larger theta can be. With that bound
+    no gates and no keys were found that make an online map grow; with more there are (docs/decisions.md).
     """
     return max(0.0, 1 - 1.25 * max_lr**0.5) if network.online else 1.0
 
